@@ -1,0 +1,315 @@
+"""Plan: how each layer is spread over the devices, as one readable JSON document.
+
+A plan is a tuple of pipeline stages on contiguous, equal slices of the node-major device list; a stage is a tuple of
+runs of consecutive layers with one kind and one strategy. Inside a stage of D devices a layer uses ``dp * tp = D``:
+data parallelism takes the leading mesh axes, tensor parallelism the trailing ones, so strategies nest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+
+from ._document import Document, Value
+from .cluster import Cluster
+from .errors import DeviceMismatchError, PlanError
+from .profile import BATCH, SEQ, Bytes, Count, LayerKind, ModelProfile, NonNegative, Parameter
+
+Remat = Literal["none", "full"]
+ScheduleName = Literal["1f1b", "gpipe"]
+
+
+class Strategy(Value, frozen=True, kw_only=True, order=True):
+    """How one layer is spread over the devices of its stage."""
+
+    tp: Count = 1
+    """Tensor-parallel degree."""
+    sp: bool = False
+    """Sequence-shard the stream over the tensor axes between the products (Megatron)."""
+    dp: Count = 1
+    """Data-parallel degree."""
+    zero: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    """Over the dp axes sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    remat: Remat = "none"
+    """Keep all residuals, or only the layer's input and run its forward pass again."""
+
+    def __str__(self) -> str:
+        """Compact text such as ``"tp2+sp dp4 zero3 remat"``."""
+        words = [f"tp{self.tp}" + "+sp" * self.sp] if self.tp > 1 else []
+        words += [f"dp{self.dp}"] if self.dp > 1 else []
+        words += [f"zero{self.zero}"] if self.zero else []
+        words += ["remat"] if self.remat == "full" else []
+        return " ".join(words) or "one device"
+
+
+class PlanRun(Value, frozen=True, kw_only=True):
+    """``count`` consecutive layers of one kind under one strategy."""
+
+    kind: str
+    count: Count
+    strategy: Strategy
+
+
+class Stage(Value, frozen=True, kw_only=True):
+    """A contiguous slice of layers on a contiguous slice of ``devices`` devices."""
+
+    devices: Count
+    runs: tuple[PlanRun, ...]
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers of this stage."""
+        return sum(run.count for run in self.runs)
+
+    def layers(self) -> Iterator[tuple[str, Strategy]]:
+        """Yield (kind, strategy) of every layer in order."""
+        for run in self.runs:
+            yield from [(run.kind, run.strategy)] * run.count
+
+
+class ModelReference(Value, frozen=True, kw_only=True):
+    """Which model a plan is for."""
+
+    name: str
+    structure: str
+    dtype: str
+    seq: Count
+    layer_count: Count
+    parameter_count: Count
+
+
+class HardwareReference(Value, frozen=True, kw_only=True):
+    """Which hardware profile priced a plan."""
+
+    name: str
+    fingerprint: str
+    measured: bool
+
+
+class Training(Value, frozen=True, kw_only=True):
+    """What the optimizer adds to each parameter."""
+
+    optimizer: str = "adamw"
+    state_bytes_per_parameter: Annotated[int, msgspec.Meta(ge=0, le=64)] = 8
+    """Two float32 moments for Adam."""
+
+
+class StagePrediction(Value, frozen=True, kw_only=True):
+    """Estimated figures of one stage."""
+
+    forward_s: NonNegative
+    """One microbatch, exposed communication included."""
+    backward_s: NonNegative
+    """One microbatch, recomputation and exposed communication included."""
+    step_end_s: NonNegative
+    """Once per step: gradient synchronisation that nothing hides, and the optimizer update."""
+    peak_bytes: Bytes
+    memory: dict[str, Bytes]
+    """``peak_bytes`` by category."""
+
+
+class Prediction(Value, frozen=True, kw_only=True):
+    """Estimated figures of a plan (a cost model made them, no clock ran)."""
+
+    step_time_s: NonNegative
+    tokens_per_s: NonNegative
+    mfu: NonNegative
+    """Model FLOPs (6 per parameter and token, plus attention; causal halved) over the peak of all devices."""
+    times: dict[str, NonNegative]
+    """``step_time_s`` by what the time goes to, on the slowest stage: the values add up."""
+    stages: tuple[StagePrediction, ...]
+
+
+class Certificate(Value, frozen=True, kw_only=True):
+    """What the search proved."""
+
+    optimal: bool
+    lower_bound_s: NonNegative
+    """No plan in the stated space processes one sample faster than this, times the plan's global batch."""
+    gap: NonNegative
+
+
+class Plan(Document, frozen=True, kw_only=True):
+    """How to spread one model over one cluster."""
+
+    DOCUMENT: ClassVar[str] = "plan"
+
+    model: ModelReference
+    cluster: Cluster
+    hardware: HardwareReference | None = None
+    training: Training = Training()
+    memory_budget_bytes: Bytes | None = None
+    global_batch: Count
+    """Samples per optimizer step, over all devices."""
+    microbatches: Count = 1
+    schedule: ScheduleName = "1f1b"
+    stages: tuple[Stage, ...]
+    predicted: Prediction | None = None
+    certificate: Certificate | None = None
+
+    @property
+    def microbatch_size(self) -> int:
+        """Samples of one microbatch, over all data-parallel ranks."""
+        return self.global_batch // self.microbatches
+
+    def layers(self) -> Iterator[tuple[str, Strategy]]:
+        """Yield (kind, strategy) of every layer of the model in order."""
+        for stage in self.stages:
+            yield from stage.layers()
+
+
+def model_reference(model: ModelProfile) -> ModelReference:
+    """Return the reference that a plan for ``model`` carries."""
+    return ModelReference(
+        name=model.name,
+        structure=model.structure,
+        dtype=model.dtype,
+        seq=model.seq,
+        layer_count=model.layer_count,
+        parameter_count=model.parameter_count,
+    )
+
+
+def strategy_violations(kind: LayerKind, strategy: Strategy, microbatch: int) -> list[str]:
+    """Return why ``strategy`` is illegal for a layer of ``kind``; empty when it is legal.
+
+    Args:
+        kind: The layer kind.
+        strategy: The strategy.
+        microbatch: Samples of one microbatch over all devices of the stage.
+    """
+    found = []
+    if BATCH in kind.classes and microbatch % strategy.dp:
+        found.append(f"microbatch of {microbatch} samples does not divide by dp={strategy.dp}")
+    if strategy.zero and strategy.dp == 1:
+        found.append(f"zero={strategy.zero} needs dp > 1")
+    if strategy.sp and strategy.tp == 1:
+        found.append("sp needs tp > 1")
+    if strategy.tp > 1:
+        found += _tensor_violations(kind, strategy)
+    return found
+
+
+def _tensor_violations(kind: LayerKind, strategy: Strategy) -> list[str]:
+    if not kind.candidates:
+        return [f"tp={strategy.tp}: no class of kind {kind.name!r} may be sharded"]
+    best, found = kind.candidates[0], []
+    for name in best.classes:
+        if kind.classes[name] % strategy.tp:
+            found.append(f"tp={strategy.tp} does not divide {name}={kind.classes[name]}")
+    if strategy.sp and best.sequence is None:
+        found.append(f"sp is not legal for kind {kind.name!r}")
+    if strategy.sp and kind.classes.get(SEQ, 1) % strategy.tp:
+        found.append(f"sp: tp={strategy.tp} does not divide seq={kind.classes[SEQ]}")
+    return found
+
+
+def check_plan(plan: Plan, model: ModelProfile | None = None, *, where: str = "plan") -> None:
+    """Check that a plan agrees with itself and, when given, with the model.
+
+    Args:
+        plan: The plan.
+        model: The profile of the model that it is to run.
+        where: Named in the error, usually the plan's file.
+
+    Raises:
+        PlanError: with every violation, not only the first.
+    """
+    found = _shape_violations(plan)
+    if model is not None:
+        found += _model_violations(plan, model)
+    if found:
+        raise PlanError(
+            f"{len(found)} violation{'s' * (len(found) > 1)}:\n  - " + "\n  - ".join(found),
+            where=where,
+            action="fix the plan, or search again: python -m galvatron_jax.search --mesh " + plan.cluster.mesh,
+        )
+
+
+def check_devices(plan: Plan, devices: int, *, where: str = "plan") -> None:
+    """Check that ``devices`` devices are visible, as the plan's cluster has.
+
+    Raises:
+        DeviceMismatchError: another number is visible.
+    """
+    if plan.cluster.devices != devices:
+        raise DeviceMismatchError(
+            f"the plan is for {plan.cluster.mesh} ({plan.cluster.devices} devices), {devices} are visible",
+            expected="equal numbers",
+            where=where,
+            action=f"search again: python -m galvatron_jax.search --mesh 1x{devices}",
+        )
+
+
+def _shape_violations(plan: Plan) -> list[str]:
+    found = []
+    if not plan.stages:
+        return ["stages: the plan has none"]
+    if plan.global_batch % plan.microbatches:
+        found.append(f"microbatches={plan.microbatches} does not divide global_batch={plan.global_batch}")
+    used = sum(stage.devices for stage in plan.stages)
+    if used != plan.cluster.devices:
+        found.append(f"stages use {used} devices, the cluster {plan.cluster.mesh} has {plan.cluster.devices}")
+    for s, stage in enumerate(plan.stages):
+        if not stage.runs:
+            found.append(f"stages[{s}] has no layers")
+        for r, run in enumerate(stage.runs):
+            if run.strategy.tp * run.strategy.dp != stage.devices:
+                found.append(
+                    f"stages[{s}].runs[{r}]: tp={run.strategy.tp} * dp={run.strategy.dp} is not {stage.devices} devices"
+                )
+    return found
+
+
+def _model_violations(plan: Plan, model: ModelProfile) -> list[str]:
+    found = []
+    if plan.model.structure != model.structure:
+        found.append(
+            f"made for model {plan.model.name!r} (structure {plan.model.structure}),"
+            f" got {model.name!r} (structure {model.structure})"
+        )
+    order = [run.kind for run in model.layers for _ in range(run.count)]
+    planned = [kind for kind, _ in plan.layers()]
+    if planned != order:
+        found.append(f"the plan has {_runs_text(planned)}, the model {_runs_text(order)}")
+    kinds = {kind.name: kind for kind in model.kinds}
+    for s, stage in enumerate(plan.stages):
+        for r, run in enumerate(stage.runs):
+            if run.kind in kinds:
+                problems = strategy_violations(kinds[run.kind], run.strategy, plan.microbatch_size)
+                found += [f"stages[{s}].runs[{r}]: {problem}" for problem in problems]
+    return found
+
+
+def _runs_text(kinds: list[str]) -> str:
+    """``["embed", "block", "block"]`` as ``"1 embed, 2 block"``."""
+    runs: list[list[object]] = []
+    for kind in kinds:
+        if runs and runs[-1][1] == kind:
+            runs[-1][0] = int(str(runs[-1][0])) + 1
+        else:
+            runs.append([1, kind])
+    return ", ".join(f"{count} {kind}" for count, kind in runs) or "no layers"
+
+
+def zero_dim(parameter: Parameter, sizes: dict[str, int], tensor_shards: dict[str, int], dp: int) -> int | None:
+    """Return the dimension of ``parameter`` that ZeRO shards ``dp`` ways, or None when none divides.
+
+    The largest dimension (as left by tensor parallelism) that ``dp`` divides; the first of equals.
+
+    Args:
+        parameter: The parameter.
+        sizes: Size of each class.
+        tensor_shards: Shards of each class by tensor parallelism.
+        dp: Data-parallel degree.
+    """
+    best, best_size = None, 0
+    for position, dim in enumerate(parameter.dims):
+        size = 1
+        for f in dim:
+            size *= f if isinstance(f, int) else sizes[f] // tensor_shards.get(f, 1)
+        if size % dp == 0 and size > best_size:
+            best, best_size = position, size
+    return best

@@ -1,0 +1,324 @@
+"""Profiles: what the search knows about the hardware and about the model.
+
+A ``ModelProfile`` describes each layer kind by *arrays whose sizes are monomials over named classes*: the query of a
+Llama block is ``("batch", "seq", "heads", "head_dim")``. Two dimensions share a class when the analysis proved that they
+hold the same index space. So one profile answers every batch, sequence length and sharding:
+
+    local bytes = itemsize * factor * product over classes of size(class) / shards(class)
+
+A class that occurs twice in one array (``seq`` in attention scores) is divided once only: a mesh axis can shard only
+one of the two dimensions.
+
+A ``HardwareProfile`` holds ceilings (FLOP/s, bytes/s), an efficiency curve and links, each with its source; tables
+measured by the profilers replace the formulas where they are present.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import msgspec
+
+from ._document import Document, Value
+from .units import ITEM_BYTES
+
+Phase = Literal["forward", "backward"]
+CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
+
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e24)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e24)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+
+BATCH, SEQ = "batch", "seq"
+"""The two class names with a meaning of their own: samples of the (micro)batch, and positions in a sequence."""
+
+
+# ------------------------------------------------------------------------------------------------------------- model
+class Array(Value, frozen=True, kw_only=True):
+    """``count`` arrays of one size, as a monomial over classes."""
+
+    dtype: str
+    classes: tuple[str, ...] = ()
+    factor: Count = 1
+    """Elements that no class divides (for example the 2 halves of a rotary embedding)."""
+    count: Count = 1
+    attention: bool = False
+    """Inside an attention call: a fused attention kernel never writes it to memory."""
+
+    def elements(self, sizes: Mapping[str, int], shards: Mapping[str, int]) -> float:
+        """Elements on one device, all ``count`` arrays together.
+
+        Args:
+            sizes: Size of each class.
+            shards: Number of shards of each sharded class; a class not named is whole.
+        """
+        whole = math.prod(sizes[name] for name in self.classes)
+        return self.count * self.factor * whole / math.prod(shards.get(name, 1) for name in set(self.classes))
+
+    def local_bytes(self, sizes: Mapping[str, int], shards: Mapping[str, int]) -> float:
+        """Bytes on one device, all ``count`` arrays together."""
+        return ITEM_BYTES[self.dtype] * self.elements(sizes, shards)
+
+
+class Parameter(Value, frozen=True, kw_only=True):
+    """One parameter array of a layer kind."""
+
+    path: str
+    """Path inside the layer, for example ``"attention.query.kernel"``."""
+    dtype: str
+    """Storage (master) dtype."""
+    compute_dtype: str
+    """Dtype in which every use reads it: gathers move this dtype when the cast comes first."""
+    dims: tuple[tuple[str | int, ...], ...]
+    """Factors of each dimension, major to minor: class names, or sizes that must not be sharded."""
+
+    def classes(self) -> tuple[str, ...]:
+        """All class names in all dimensions."""
+        return tuple(f for dim in self.dims for f in dim if isinstance(f, str))
+
+    def array(self, dtype: str | None = None) -> Array:
+        """The parameter as an ``Array``, in ``dtype`` (default: the storage dtype)."""
+        factor = math.prod(f for dim in self.dims for f in dim if isinstance(f, int))
+        return Array(dtype=dtype or self.dtype, classes=self.classes(), factor=factor)
+
+
+class Dot(Value, frozen=True, kw_only=True):
+    """``count`` equal matrix products (or convolutions); FLOPs = 2 * factor * product of all its classes."""
+
+    phase: Phase
+    dtype: str
+    classes: tuple[str, ...]
+    """Batch, free and contracted classes together."""
+    factor: Count = 1
+    count: Count = 1
+    attention: bool = False
+    """Scores or mixing product of an attention call: causal attention needs half of it."""
+
+    def flops(self, sizes: Mapping[str, int], shards: Mapping[str, int]) -> float:
+        """FLOP of *one* of the ``count`` products on one device."""
+        whole = math.prod(sizes[name] for name in self.classes)
+        return 2 * self.factor * whole / math.prod(shards.get(name, 1) for name in set(self.classes))
+
+
+class Traffic(Value, frozen=True, kw_only=True):
+    """Arrays that memory-bound kernels (norms, softmax, activations, residual adds) read or write once."""
+
+    phase: Phase
+    array: Array
+
+
+class Collective(Value, frozen=True, kw_only=True):
+    """``array.count`` collectives per microbatch that a sharded class causes."""
+
+    phase: Phase
+    kind: CollectiveKind
+    array: Array
+    """The whole array of the group: result of all-reduce and all-gather, operand of reduce-scatter (local otherwise)."""
+    merged_count: Annotated[int, msgspec.Meta(ge=0)]
+    """How many are left when the compiler sums partial results before reducing them (XLA:GPU, AllReduceReassociate)."""
+    recomputed: bool = False
+    """A forward collective that full rematerialisation runs again."""
+
+
+class Candidate(Value, frozen=True, kw_only=True):
+    """A set of classes which, sharded together over the tensor axes, divides the layer's work."""
+
+    classes: tuple[str, ...]
+    max_degree: Count
+    """Greatest common divisor of the class sizes: the degree must divide it."""
+    flops_share: Fraction
+    """Share of the layer's matmul FLOPs that the set divides."""
+    tensor: tuple[Collective, ...]
+    """Collectives with the stream replicated over the tensor axes."""
+    sequence: tuple[Collective, ...] | None = None
+    """Collectives with the stream sharded along ``seq`` between the products (Megatron sp); None: not legal."""
+
+
+class Boundary(Value, frozen=True, kw_only=True):
+    """A value that enters or leaves a layer."""
+
+    array: Array
+    gradient: bool
+    """Its cotangent flows back."""
+    stream: bool = False
+    """It comes from the layer before (or goes to the next): not a mask or table shared by all layers."""
+
+
+class LayerKind(Value, frozen=True, kw_only=True):
+    """Layers with the same structure: everything the cost of one of them depends on."""
+
+    name: str
+    classes: dict[str, Count]
+    """Size of each class at the traced shape; ``batch`` is rescaled by whoever prices the layer."""
+    parameters: tuple[Parameter, ...]
+    dots: tuple[Dot, ...]
+    traffic: tuple[Traffic, ...]
+    inputs: tuple[Boundary, ...]
+    outputs: tuple[Boundary, ...]
+    residuals: tuple[Array, ...]
+    """What the forward pass keeps for the backward pass without remat: neither parameters nor the stream input."""
+    workspace: tuple[Array, ...]
+    """Arrays alive at the worst moment of the backward pass besides residuals, parameters and their gradients."""
+    candidates: tuple[Candidate, ...] = ()
+    """Best first; empty when no class may be sharded."""
+    data: tuple[Collective, ...] = ()
+    """Collectives of sharding ``batch`` other than parameter gradients (for example the mean of the loss)."""
+
+
+class LayerRun(Value, frozen=True, kw_only=True):
+    """``count`` consecutive layers of one kind."""
+
+    kind: str
+    count: Count
+
+
+class ModelProfile(Document, frozen=True, kw_only=True):
+    """A model as the search sees it: its layers in order, and the kinds they are of."""
+
+    DOCUMENT: ClassVar[str] = "model profile"
+
+    name: str
+    source: str
+    """Where it comes from, for example ``"galvatron_jax.analysis of preset llama2-7b"``."""
+    structure: str
+    """Hash of the analysed program: a plan names it, and is refused for another one."""
+    dtype: str
+    """Compute dtype."""
+    seq: Count
+    layers: tuple[LayerRun, ...]
+    """All layers in order, the segments before (``embed``) and after (``head``) the repeated ones included."""
+    kinds: tuple[LayerKind, ...]
+    causal_attention: bool = False
+    """Attention was called with ``is_causal``: kernels skip the upper half."""
+
+    def kind(self, name: str) -> LayerKind:
+        """The layer kind called ``name`` (KeyError when there is none)."""
+        for kind in self.kinds:
+            if kind.name == name:
+                return kind
+        raise KeyError(name)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers, embedding and head segments included."""
+        return sum(run.count for run in self.layers)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained parameters of the whole model."""
+        return sum(
+            run.count * round(sum(p.array().elements(kind.classes, {}) for p in kind.parameters))
+            for run in self.layers
+            for kind in [self.kind(run.kind)]
+        )
+
+    def at_seq(self, seq: int) -> ModelProfile:
+        """The same model at another sequence length."""
+        kinds = tuple(
+            msgspec.structs.replace(kind, classes={**kind.classes, SEQ: seq}) if SEQ in kind.classes else kind
+            for kind in self.kinds
+        )
+        return msgspec.structs.replace(self, seq=seq, kinds=kinds)
+
+    def at_dtype(self, dtype: str) -> ModelProfile:
+        """The same model computed in ``dtype`` (arrays of the present compute dtype change, float32 ones stay)."""
+        if dtype == self.dtype:
+            return self
+        return msgspec.convert(_replace_text(msgspec.to_builtins(self), self.dtype, dtype), ModelProfile)
+
+
+def _replace_text(value: object, old: str, new: str) -> object:
+    """``value`` with the dtype fields that hold ``old`` changed to ``new``."""
+    if isinstance(value, dict):
+        return {
+            key: new if key in ("dtype", "compute_dtype") and part == old else _replace_text(part, old, new)
+            for key, part in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [_replace_text(part, old, new) for part in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------- hardware
+class Link(Value, frozen=True, kw_only=True):
+    """A path between devices, per GPU and direction."""
+
+    bandwidth_bytes_per_s: Positive
+    """Bus bandwidth that large collectives reach (not the line rate)."""
+    latency_s: NonNegative
+    """Time of one ring step with an empty message."""
+
+
+class CurvePoint(Value, frozen=True, kw_only=True):
+    """Share of the matmul peak reached by a product of ``flops`` FLOP on one device."""
+
+    flops: Positive
+    efficiency: Fraction
+
+
+class CollectiveTable(Value, frozen=True, kw_only=True):
+    """Measured time of one collective over one kind of device group, at rising sizes."""
+
+    kind: CollectiveKind
+    group: Count
+    """Devices in the group."""
+    inside_node: bool
+    sizes_bytes: tuple[Positive, ...]
+    """Bytes of the whole array of the group (see ``Collective.array``)."""
+    times_s: tuple[Positive, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse tables that cannot be interpolated."""
+        if len(self.sizes_bytes) != len(self.times_s) or len(self.sizes_bytes) < 2:
+            raise ValueError("sizes_bytes and times_s need the same length, at least 2")
+        if list(self.sizes_bytes) != sorted(set(self.sizes_bytes)):
+            raise ValueError("sizes_bytes must rise")
+        if list(self.times_s) != sorted(self.times_s):
+            raise ValueError("times_s must not fall while sizes_bytes rise")
+
+
+class HardwareProfile(Document, frozen=True, kw_only=True):
+    """One kind of GPU and the links between them."""
+
+    DOCUMENT: ClassVar[str] = "hardware profile"
+
+    name: str
+    description: str
+    measured: bool
+    """True when the profilers wrote it, False for bundled data."""
+    memory_bytes: Count
+    reserved_bytes: Bytes
+    """Memory that no array can use: CUDA context, NCCL buffers, allocator slack."""
+    memory_bandwidth_bytes_per_s: Positive
+    """What a large copy reaches (reads plus writes)."""
+    matmul_flops_per_s: dict[str, Positive]
+    """Dense peak by operand dtype."""
+    matmul_efficiency: tuple[CurvePoint, ...]
+    """Share of the peak by size of the product; log-interpolated, flat outside."""
+    attention_efficiency: dict[Phase, Fraction]
+    """Share of the peak that a fused attention kernel reaches."""
+    fused_attention: bool
+    """A fused kernel exists (16-bit dtypes): attention scores never reach memory."""
+    kernel_launch_s: NonNegative
+    overlap_slowdown: Annotated[float, msgspec.Meta(ge=1, le=4)]
+    """Factor by which compute is slower while a collective runs beside it."""
+    intra_node: Link
+    inter_node: Link
+    """Per GPU; all GPUs of a node share the node's network cards evenly."""
+    sums_before_reducing: bool
+    """The compiler merges all-reduces whose results are only added up (XLA:GPU)."""
+    collectives: tuple[CollectiveTable, ...] = ()
+    sources: dict[str, str] = {}
+    """Where each number comes from, by field name."""
+
+    def __post_init__(self) -> None:
+        """Refuse an efficiency curve that cannot be interpolated."""
+        sizes = [point.flops for point in self.matmul_efficiency]
+        if not sizes or sizes != sorted(set(sizes)):
+            raise ValueError("matmul_efficiency needs at least one point, with rising flops")
+        if not self.matmul_flops_per_s:
+            raise ValueError("matmul_flops_per_s names no dtype")
