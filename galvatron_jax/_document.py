@@ -162,7 +162,8 @@ class _Layout(json.JSONEncoder):
 
     def encode(self, o: Any, indent: int = 0) -> str:
         line = json.dumps(o, ensure_ascii=False, allow_nan=False)
-        if not isinstance(o, (dict, list)) or not o or indent + len(line) <= self.width and indent > 0:
+        fits = indent > 0 and indent + len(line) <= self.width
+        if fits or not o or not isinstance(o, (dict, list, tuple)):
             return line
         pad = " " * (indent + 2)
         if isinstance(o, dict):
