@@ -66,6 +66,10 @@ class DeviceMismatchError(GalvatronError, RuntimeError):
     exit_code = 4
 
 
+class ModelError(GalvatronError, ValueError):
+    """A model configuration whose sizes contradict each other."""
+
+
 class AnalysisError(GalvatronError, ValueError):
     """A model or loss that cannot be traced or understood."""
 
