@@ -94,7 +94,8 @@ def load(path: str | Path, kind: type[D]) -> D:
                 where=str(path),
                 action=f"is this the right file? a {kind.DOCUMENT} is small",
             )
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_DOCUMENT_BYTES + 1)  # bounded: a device or pipe reports size 0
     except OSError as error:
         raise DocumentNotFoundError(
             f"cannot read the {kind.DOCUMENT}: {error.strerror or error}", where=str(path), action="check the path"
@@ -148,11 +149,12 @@ def _check_version(data: bytes, kind: type[Document], where: str) -> None:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
             raise ValueError(f"duplicate key {key!r}")
-    return dict(pairs)
+        seen[key] = value
+    return seen
 
 
 class _Layout(json.JSONEncoder):

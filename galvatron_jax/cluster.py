@@ -19,7 +19,7 @@ from .errors import ClusterError
 MAX_DEVICES = 1_000_000
 """Above this a mesh is a slip of the keyboard, not a cluster."""
 
-PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1, le=MAX_DEVICES)]
 
 
 class MeshAxis(NamedTuple):

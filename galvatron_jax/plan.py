@@ -8,11 +8,12 @@ data parallelism takes the leading mesh axes, tensor parallelism the trailing on
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
-from ._document import Document, Value
+from ._document import Document, Value, load, save
 from .cluster import Cluster
 from .errors import DeviceMismatchError, PlanError
 from .profile import BATCH, SEQ, Bytes, Count, LayerKind, ModelProfile, NonNegative, Parameter
@@ -158,6 +159,34 @@ class Plan(Document, frozen=True, kw_only=True):
         """Yield (kind, strategy) of every layer of the model in order."""
         for stage in self.stages:
             yield from stage.layers()
+
+
+def load_plan(path: str | Path, *, model: ModelProfile | None = None) -> Plan:
+    """Read a plan file and check it.
+
+    Args:
+        path: The plan file.
+        model: The profile of the model that it is to run, when known.
+
+    Raises:
+        DocumentNotFoundError: there is no such file.
+        DocumentError: the file is not a plan of this schema.
+        PlanError: the plan contradicts itself or the model; the message lists every violation.
+    """
+    plan = load(path, Plan)
+    check_plan(plan, model, where=str(path))
+    return plan
+
+
+def save_plan(plan: Plan, path: str | Path) -> Path:
+    """Check a plan and write it atomically; return the path.
+
+    Raises:
+        PlanError: the plan contradicts itself.
+        DocumentError: the folder cannot be written, or ``path`` is a symbolic link.
+    """
+    check_plan(plan, where=str(path))
+    return save(plan, path)
 
 
 def model_reference(model: ModelProfile) -> ModelReference:

@@ -30,8 +30,9 @@ CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-a
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e24)]
 NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e24)]
 Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
-Count = Annotated[int, msgspec.Meta(ge=1)]
-Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""Exact as floats; JSON has integers without end, and a hostile one must not reach arithmetic."""
 
 BATCH, SEQ = "batch", "seq"
 """The two class names with a meaning of their own: samples of the (micro)batch, and positions in a sequence."""
