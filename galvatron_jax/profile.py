@@ -39,7 +39,7 @@ BATCH, SEQ = "batch", "seq"
 
 
 # ------------------------------------------------------------------------------------------------------------- model
-class Array(Value, frozen=True, kw_only=True):
+class Array(Value, frozen=True, kw_only=True, omit_defaults=True):
     """``count`` arrays of one size, as a monomial over classes."""
 
     dtype: str
@@ -65,7 +65,7 @@ class Array(Value, frozen=True, kw_only=True):
         return ITEM_BYTES[self.dtype] * self.elements(sizes, shards)
 
 
-class Parameter(Value, frozen=True, kw_only=True):
+class Parameter(Value, frozen=True, kw_only=True, omit_defaults=True):
     """One parameter array of a layer kind."""
 
     path: str
@@ -87,7 +87,7 @@ class Parameter(Value, frozen=True, kw_only=True):
         return Array(dtype=dtype or self.dtype, classes=self.classes(), factor=factor)
 
 
-class Dot(Value, frozen=True, kw_only=True):
+class Dot(Value, frozen=True, kw_only=True, omit_defaults=True):
     """``count`` equal matrix products (or convolutions); FLOPs = 2 * factor * product of all its classes."""
 
     phase: Phase
@@ -98,6 +98,9 @@ class Dot(Value, frozen=True, kw_only=True):
     count: Count = 1
     attention: bool = False
     """Scores or mixing product of an attention call: causal attention needs half of it."""
+    recomputed: bool = True
+    """A forward product that full rematerialisation runs again; False when nothing in the backward pass needs its
+    result (the last product of a block), so that its recomputation is dead code."""
 
     def flops(self, sizes: Mapping[str, int], shards: Mapping[str, int]) -> float:
         """FLOP of *one* of the ``count`` products on one device."""
@@ -105,14 +108,14 @@ class Dot(Value, frozen=True, kw_only=True):
         return 2 * self.factor * whole / math.prod(shards.get(name, 1) for name in set(self.classes))
 
 
-class Traffic(Value, frozen=True, kw_only=True):
+class Traffic(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Arrays that memory-bound kernels (norms, softmax, activations, residual adds) read or write once."""
 
     phase: Phase
     array: Array
 
 
-class Collective(Value, frozen=True, kw_only=True):
+class Collective(Value, frozen=True, kw_only=True, omit_defaults=True):
     """``array.count`` collectives per microbatch that a sharded class causes."""
 
     phase: Phase
@@ -125,7 +128,7 @@ class Collective(Value, frozen=True, kw_only=True):
     """A forward collective that full rematerialisation runs again."""
 
 
-class Candidate(Value, frozen=True, kw_only=True):
+class Candidate(Value, frozen=True, kw_only=True, omit_defaults=True):
     """A set of classes which, sharded together over the tensor axes, divides the layer's work."""
 
     classes: tuple[str, ...]
@@ -139,7 +142,7 @@ class Candidate(Value, frozen=True, kw_only=True):
     """Collectives with the stream sharded along ``seq`` between the products (Megatron sp); None: not legal."""
 
 
-class Boundary(Value, frozen=True, kw_only=True):
+class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
     """A value that enters or leaves a layer."""
 
     array: Array

@@ -1,0 +1,115 @@
+"""Tensor-parallel candidates: class sets which, sharded together, divide the layer's work with the fewest bytes moved.
+
+A set is legal when no operation holds two of its classes (a mesh axis can shard one dimension of an array only), no
+operation needs one of them whole, none of them is a class of the stream, and each stands first in its dimension of every
+parameter (a ``NamedSharding`` cannot name a minor part of a dimension). Sets are ranked by the share of matmul FLOPs
+they divide, then by the bytes of their collectives. Megatron's choice for a Llama block, {kv heads, mlp}, is the best
+set: it is derived here, not written down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+from ._collectives import Predicted, sequence_collectives, tensor_collectives
+from ._layer import Layer
+
+_MAX_CLASSES = 4
+"""Layers with more than four independent blocks of sharded work are unknown; larger sets are not tried."""
+
+_SHARE_DIGITS = 3
+"""Shares that agree to a thousandth are equal; bytes decide."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClassSet:
+    """A legal set with its figures."""
+
+    classes: frozenset[int]
+    flops_share: float
+    max_degree: int
+    tensor: tuple[Predicted, ...]
+    sequence: tuple[Predicted, ...] | None
+
+
+def stream_classes(layer: Layer) -> frozenset[int]:
+    """Return the classes of the stream: of the differentiable values that enter and leave the layer."""
+    inputs = [layer.inputs[i] for i in layer.differentiated if i not in layer.parameters]
+    outputs = [v for v in layer.outputs if len(v.shape) > 1]
+    return frozenset(f for v in inputs + outputs for f in layer.dimensions.flat_classes(v))
+
+
+def class_sets(layer: Layer, *, seq: int | None) -> list[ClassSet]:
+    """Return the legal class sets of ``layer``, best first.
+
+    Args:
+        layer: The analysed layer.
+        seq: The sequence class, for sequence parallelism; None when there is none.
+    """
+    stream = stream_classes(layer)
+    single = sorted(_parameter_classes(layer) - stream - _hindered(layer))
+    legal = [
+        frozenset(chosen)
+        for count in range(1, min(len(single), _MAX_CLASSES) + 1)
+        for chosen in itertools.combinations(single, count)
+        if not _conflicts(layer, frozenset(chosen))
+    ]
+    sets = [_measure(layer, chosen, stream, seq) for chosen in legal]
+    useful = [s for s in sets if s.flops_share > 0 and s.max_degree > 1]
+    return sorted(useful, key=lambda s: (-round(s.flops_share, _SHARE_DIGITS), _bytes(s), sorted(s.classes)))
+
+
+def _parameter_classes(layer: Layer) -> set[int]:
+    """Shardable classes of the parameters."""
+    found = {f for i in layer.parameters for f in layer.classes(layer.inputs[i])}
+    return {f for f in found if not layer.dimensions.factors.is_blocked(f)}
+
+
+def _hindered(layer: Layer) -> set[int]:
+    """Classes that some operation needs whole, or that are a minor part of a parameter's dimension."""
+    found = {f for op in layer.ops for _, dim in op.gathered for f in layer.dimensions.factors.resolve(dim)}
+    for index in layer.parameters:
+        for dim in layer.dimensions.classes(layer.inputs[index]):
+            found.update(dim[1:])
+    return found
+
+
+def _conflicts(layer: Layer, chosen: frozenset[int]) -> bool:
+    """Tell whether an operation holds two classes of ``chosen``, or one of them twice in one array."""
+    if len(chosen) == 1:
+        return any(_twice(layer.dimensions.flat_classes(v), chosen) for op in layer.ops for v in op.outputs)
+    return any(
+        len({f for v in [*op.inputs, *op.outputs] for f in layer.dimensions.flat_classes(v)} & chosen) > 1
+        for op in layer.ops
+    )
+
+
+def _twice(classes: list[int], chosen: frozenset[int]) -> bool:
+    return any(classes.count(f) > 1 for f in chosen)
+
+
+def _measure(layer: Layer, chosen: frozenset[int], stream: frozenset[int], seq: int | None) -> ClassSet:
+    usable = seq is not None and seq in stream and not layer.dimensions.factors.is_blocked(seq)
+    return ClassSet(
+        classes=chosen,
+        flops_share=_share(layer, chosen),
+        max_degree=math.gcd(*[layer.dimensions.factors.size(f) for f in chosen]),
+        tensor=tuple(tensor_collectives(layer, chosen)),
+        sequence=tuple(sequence_collectives(layer, chosen, stream, seq)) if usable and seq is not None else None,
+    )
+
+
+def _share(layer: Layer, chosen: frozenset[int]) -> float:
+    """Share of the matmul FLOPs (of the parameter bytes, in a layer without products) that ``chosen`` divides."""
+    dots = [op for op in layer.ops if op.flops]
+    total = sum(op.flops * op.times for op in dots)
+    if total:
+        return sum(op.flops * op.times for op in dots if any(layer.classes(v) & chosen for v in op.inputs)) / total
+    values = [layer.inputs[i] for i in layer.parameters]
+    return sum(v.bytes for v in values if layer.classes(v) & chosen) / (sum(v.bytes for v in values) or 1)
+
+
+def _bytes(found: ClassSet) -> int:
+    return sum(collective.value.bytes for collective in found.tensor)

@@ -1,0 +1,162 @@
+"""Flatten a program: one list of equations in trace order, each with variables of its own and its full scope text.
+
+Calls are inlined and scans over layers unrolled where a ``descend`` predicate asks for it; constants captured by inner
+programs become variables with a value. Nothing is reordered, so the equations of one module call stay contiguous.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from ._jaxpr import CALLS, abstract, called_program, inner_programs, open_program, scope_of
+
+MARK = re.compile(r"mark@([^@]*)@(\d+)@")
+"""Scope text of one module call: path and call number (see ``_marks``)."""
+
+
+class Variable:
+    """A value of a flat program; compared by identity."""
+
+    __slots__ = ("aval",)
+
+    def __init__(self, aval: Any) -> None:
+        """Hold the abstract value (shape and dtype)."""
+        self.aval = aval
+
+
+Atom = Variable | Literal
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Equation:
+    """One equation of a flat program."""
+
+    eqn: JaxprEqn
+    inputs: list[Atom]
+    outputs: list[Variable]
+    scope: str
+
+    @property
+    def name(self) -> str:
+        """Name of the primitive."""
+        return str(self.eqn.primitive.name)
+
+
+@dataclasses.dataclass(slots=True)
+class Program:
+    """A flat program."""
+
+    equations: list[Equation]
+    inputs: list[Variable]
+    outputs: list[Atom]
+    constants: dict[Variable, Any]
+
+
+Descend = Callable[[JaxprEqn], bool]
+
+
+def has_marks(program: ClosedJaxpr | Jaxpr) -> bool:
+    """Tell whether any equation in ``program``, at any depth, lies inside a marked module call."""
+    return any(
+        MARK.search(scope_of(eqn)) or any(has_marks(inner) for inner in inner_programs(eqn))
+        for eqn in open_program(program)[0].eqns
+    )
+
+
+def holds_marks(eqn: JaxprEqn) -> bool:
+    """Descend into calls and scans that contain whole module calls, and into nothing else."""
+    if eqn.primitive.name in CALLS or eqn.primitive.name == "scan":
+        return any(has_marks(inner) for inner in inner_programs(eqn))
+    return False
+
+
+def is_call(eqn: JaxprEqn) -> bool:
+    """Descend into every kind of call (custom derivatives too), not into loops."""
+    return eqn.primitive.name != "scan" and called_program(eqn) is not None
+
+
+def flatten(closed: ClosedJaxpr, descend: Descend) -> Program:
+    """Return ``closed`` as a flat program.
+
+    Args:
+        closed: The traced program.
+        descend: Which calls and scans to open (``holds_marks`` or ``is_call``); all others stay one equation.
+    """
+    builder = _Builder(descend)
+    inputs = [Variable(v.aval) for v in closed.jaxpr.invars]
+    outputs = builder.run(closed, inputs, "", lambda scope: scope)
+    return Program(builder.equations, inputs, outputs, builder.constants)
+
+
+class _Builder:
+    """Appends equations while it walks nested programs."""
+
+    def __init__(self, descend: Descend) -> None:
+        self.descend = descend
+        self.equations: list[Equation] = []
+        self.constants: dict[Variable, Any] = {}
+
+    def run(
+        self, program: ClosedJaxpr | Jaxpr, inputs: Sequence[Atom], scope: str, rename: Callable[[str], str]
+    ) -> list[Atom]:
+        jaxpr, constants = open_program(program)
+        environment: dict[Any, Atom] = dict(zip(jaxpr.invars, inputs, strict=True))
+        for var, value in zip(jaxpr.constvars, constants, strict=True):
+            environment[var] = variable = Variable(var.aval)
+            self.constants[variable] = value
+
+        def read(atom: Any) -> Atom:
+            return atom if isinstance(atom, Literal) else environment[atom]
+
+        for eqn in jaxpr.eqns:
+            outputs = self._equation(eqn, [read(v) for v in eqn.invars], f"{scope}/{rename(scope_of(eqn))}", rename)
+            environment.update(zip(eqn.outvars, outputs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def _equation(
+        self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]
+    ) -> Sequence[Atom]:
+        if self.descend(eqn):
+            if eqn.primitive.name == "scan":
+                return self._unroll(eqn, inputs, scope, rename)
+            program = called_program(eqn) or next(inner_programs(eqn))
+            return self.run(program, inputs, scope, rename)
+        outputs = [Variable(v.aval) for v in eqn.outvars]
+        self.equations.append(Equation(eqn, inputs, outputs, scope))
+        return outputs
+
+    def _unroll(
+        self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]
+    ) -> list[Atom]:
+        """Write a scan over layers as its iterations; slices and stacks are ordinary equations."""
+        params = eqn.params
+        fixed, carried, length = params["num_consts"], params["num_carry"], params["length"]
+        constants, carry, stacked = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
+        rows: list[list[Atom]] = [[] for _ in range(length)]
+        order = range(length - 1, -1, -1) if params["reverse"] else range(length)
+        for i in order:
+            slices = [self._trace(lambda x, i=i: x[i], [array], scope) for array in stacked]
+            outputs = self.run(params["jaxpr"], constants + carry + slices, scope, _iteration(rename, i))
+            carry, rows[i] = outputs[:carried], outputs[carried:]
+        columns = zip(*rows, strict=True)
+        return carry + [self._trace(lambda *xs: jnp.stack(xs), list(column), scope) for column in columns]
+
+    def _trace(self, function: Callable[..., Any], inputs: list[Atom], scope: str) -> Atom:
+        closed = jax.make_jaxpr(function)(*[abstract(v.aval) for v in inputs])
+        return self.run(closed, inputs, scope, lambda text: text)[0]
+
+
+def _iteration(rename: Callable[[str], str], i: int) -> Callable[[str], str]:
+    """Give the calls of iteration ``i`` paths and numbers of their own."""
+
+    def renamed(scope: str) -> str:
+        return MARK.sub(lambda m: f"mark@{m[1]}[{i}]@{int(m[2]) + 1_000_000 * (i + 1)}@", rename(scope))
+
+    return renamed

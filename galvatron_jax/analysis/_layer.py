@@ -1,0 +1,149 @@
+"""One layer kind: its forward and backward pass as one analysed program.
+
+The backward pass is traced, not assumed: ``jax.vjp`` of the segment gives the residuals it really keeps, and the
+equations of the pullback give the matrix products, reductions and temporaries of the real backward pass. So no rule
+"backward = 2 x forward" is needed anywhere, and one rule ("an operation that sums over a sharded factor leaves partial
+results") predicts the collectives of both directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+
+from ..profile import Phase
+from ._cut import Segment
+from ._dimensions import Dimensions, Op, Value, analyse_dimensions
+from ._jaxpr import abstract, is_differentiable
+
+BACKWARD = "backward@"
+"""Scope text around the pullback."""
+
+
+@dataclasses.dataclass
+class Layer:
+    """A segment with both passes analysed; indices refer to the segment's inputs and outputs."""
+
+    segment: Segment
+    dimensions: Dimensions
+    ops: list[Op]
+    """Operations that results depend on, in order (dead code left out)."""
+    parameters: tuple[int, ...]
+    differentiated: tuple[int, ...]
+    """Inputs whose cotangent is computed: parameters and values that depend on parameters."""
+    residuals: list[Value]
+    """What the pullback keeps, without inputs of the segment."""
+    outputs: list[Value]
+    gradients: dict[int, Value]
+    """Cotangent of each differentiated input."""
+
+    @functools.cached_property
+    def makers(self) -> dict[int, Op]:
+        """The operation that makes each value, by the value's id."""
+        return {id(value): op for op in self.ops for value in op.outputs}
+
+    @functools.cached_property
+    def readers(self) -> dict[int, list[Op]]:
+        """The operations that read each value, by the value's id."""
+        found: dict[int, list[Op]] = {}
+        for op in self.ops:
+            for value in op.inputs:
+                found.setdefault(id(value), []).append(op)
+        return found
+
+    def contracted(self, op: Op) -> set[int]:
+        """Classes that ``op`` sums over."""
+        return set(self.dimensions.factors.resolve(op.contracted))
+
+    def classes(self, value: Value) -> set[int]:
+        """Classes of all dimensions of ``value``."""
+        return set(self.dimensions.flat_classes(value))
+
+    @property
+    def inputs(self) -> list[Value]:
+        """Values of the segment's inputs."""
+        return self.dimensions.inputs[: len(self.segment.inputs)]
+
+
+def phase_of(op: Op) -> Phase:
+    """Tell the pass that ``op`` belongs to."""
+    return "backward" if BACKWARD in op.scope else "forward"
+
+
+def analyse_layer(segment: Segment, parameters: Sequence[int], differentiated: Sequence[int]) -> Layer:
+    """Trace both passes of ``segment`` and analyse their dimensions.
+
+    Args:
+        segment: A segment of a cut program.
+        parameters: Indices of the inputs that are trained parameters.
+        differentiated: Indices of the inputs that need a cotangent.
+    """
+    run = jaxpr_as_fun(segment.program)
+    chosen = tuple(differentiated)
+    counts: dict[str, int] = {}
+
+    def both_passes(inputs: list[Any], cotangents: list[Any]) -> tuple[Any, Any, Any]:
+        def forward(*parts: Any) -> tuple[list[Any], list[Any]]:
+            values = list(inputs)
+            for index, part in zip(chosen, parts, strict=True):
+                values[index] = part
+            outputs = run(*values)
+            return [o for o in outputs if is_differentiable(o.dtype)], outputs
+
+        _, pullback, outputs = jax.vjp(forward, *[inputs[i] for i in chosen], has_aux=True)
+        with jax.named_scope(BACKWARD):
+            gradients = pullback(cotangents)
+        kept = jax.tree.leaves(pullback)
+        counts.update(outputs=len(outputs), kept=len(kept))
+        return outputs, kept, gradients
+
+    inputs = [abstract(v.aval) for v in segment.inputs]
+    cotangents = [abstract(v.aval) for v in segment.outputs if is_differentiable(v.aval.dtype)]
+    closed = jax.make_jaxpr(both_passes)(inputs, cotangents)
+    dimensions = analyse_dimensions(closed)
+    n_outputs, n_kept = counts["outputs"], counts["kept"]
+    _tie_cotangents(dimensions, len(inputs), segment)
+    for index, gradient in zip(chosen, dimensions.outputs[n_outputs + n_kept :], strict=True):
+        _unify(dimensions, dimensions.inputs[index], gradient)
+    kept_values = dimensions.outputs[n_outputs : n_outputs + n_kept]
+    own = {id(v) for v in dimensions.inputs}
+    return Layer(
+        segment=segment,
+        dimensions=dimensions,
+        ops=_live_ops(dimensions),
+        parameters=tuple(parameters),
+        differentiated=chosen,
+        residuals=list({id(v): v for v in kept_values if id(v) not in own}.values()),
+        outputs=dimensions.outputs[:n_outputs],
+        gradients=dict(zip(chosen, dimensions.outputs[n_outputs + n_kept :], strict=True)),
+    )
+
+
+def _tie_cotangents(dimensions: Dimensions, first: int, segment: Segment) -> None:
+    """An output and its cotangent hold the same index spaces."""
+    cotangents = iter(dimensions.inputs[first:])
+    for variable, output in zip(segment.outputs, dimensions.outputs, strict=False):
+        if is_differentiable(variable.aval.dtype):
+            _unify(dimensions, output, next(cotangents))
+
+
+def _unify(dimensions: Dimensions, left: Value, right: Value) -> None:
+    for a, b in zip(left.dims, right.dims, strict=True):
+        dimensions.factors.unify(a, b)
+
+
+def _live_ops(dimensions: Dimensions) -> list[Op]:
+    """Drop operations that no result depends on (XLA does; bodies of loops are kept whole)."""
+    needed = {id(v) for v in dimensions.outputs}
+    live = []
+    for op in reversed(dimensions.ops):
+        if op.inner or any(id(v) in needed for v in op.outputs):
+            needed.update(id(v) for v in op.inputs)
+            live.append(op)
+    return live[::-1]
+

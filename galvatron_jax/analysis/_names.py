@@ -1,0 +1,108 @@
+"""Names for classes: ``batch``, ``seq``, ``embed``, ``heads``, ``head_dim``, ``mlp``, ``vocab``, ...
+
+Names come from roles in the data flow, never from sizes. They are for people and documents; nothing that decides
+anything depends on them, except ``batch`` and ``seq``, which are handed down from the batch the user gave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ..profile import BATCH, SEQ
+from ._dimensions import Op, Value
+from ._layer import Layer, phase_of
+
+Names = dict[int, str]
+"""Name of each class (by resolved factor)."""
+
+Given = Mapping[int, Sequence[Sequence[str | None]]]
+"""Names already known, by input index: one list of factor names per dimension (None: unknown)."""
+
+
+def name_classes(layer: Layer, given: Given) -> Names:
+    """Return a name for every shardable class of ``layer``.
+
+    Args:
+        layer: The analysed layer.
+        given: Names of the factors of some inputs (from the batch, or from the layer before).
+    """
+    factors = layer.dimensions.factors
+    names: Names = {}
+    for index, dims in given.items():
+        for dim, known in zip(layer.dimensions.classes(layer.inputs[index]), dims, strict=True):
+            if len(dim) == len(known):
+                names.update((f, n) for f, n in zip(dim, known, strict=True) if n is not None)
+    _name_stream(layer, names)
+    in_parameters = {f for i in layer.parameters for f in layer.dimensions.flat_classes(layer.inputs[i])}
+    for op in layer.ops:
+        for value in [*op.inputs, *op.outputs]:
+            for f in layer.dimensions.flat_classes(value):
+                if f not in names and not factors.is_blocked(f):
+                    names[f] = _fresh_name(_role(layer, f, f in in_parameters), names)
+    return names
+
+
+def _name_stream(layer: Layer, names: Names) -> None:
+    """Dimension 1 of a rank-3 value that carries the batch is ``seq``, the last one ``embed``, where nothing is known."""
+    carriers = [*layer.outputs, *(layer.inputs[i] for i in layer.differentiated if i not in layer.parameters)]
+    for value in carriers:
+        dims = layer.dimensions.classes(value)
+        if len(dims) < 3 or not dims[0] or names.get(dims[0][0]) != BATCH:
+            continue
+        for position, name in ((1, SEQ), (-1, "embed")):
+            if len(dims[position]) == 1 and dims[position][0] not in names and name not in names.values():
+                names[dims[position][0]] = name
+
+
+def _role(layer: Layer, factor: int, in_parameters: bool) -> str:
+    products = [op for op in _forward(layer) if op.name == "dot_general"]
+    dots = [op for op in products if factor in _classes(layer, op)]
+    all_mixing = [op for op in products if not any(_is_weight(layer, v) for v in op.inputs)]
+    mixing = [op for op in all_mixing if op in dots]
+    if any(op.name == "gather" and factor in _resolved(layer, op.contracted) for op in layer.ops):
+        return "vocab"
+    if not in_parameters:
+        return "positions"
+    if mixing:
+        if len(mixing) < len(all_mixing):
+            return "head_dim"
+        shared = all(factor in layer.dimensions.flat_classes(v) for op in mixing for v in op.inputs)
+        return "heads" if shared else "group"
+    if any(factor in _resolved(layer, op.contracted) for op in dots):
+        return "mlp"
+    return "vocab" if any(_sums(layer, op, factor) for op in _forward(layer)) else "features"
+
+
+def _forward(layer: Layer) -> list[Op]:
+    return [op for op in layer.ops if phase_of(op) == "forward"]
+
+
+def _sums(layer: Layer, op: Op, factor: int) -> bool:
+    return op.name == "reduce_sum" and factor in _resolved(layer, op.contracted)
+
+
+def _resolved(layer: Layer, dim: Sequence[int]) -> list[int]:
+    return layer.dimensions.factors.resolve(dim)
+
+
+def _classes(layer: Layer, op: Op) -> set[int]:
+    return {f for v in op.inputs for f in layer.dimensions.flat_classes(v)}
+
+
+def _is_weight(layer: Layer, value: Value) -> bool:
+    """Tell whether ``value`` is a parameter, possibly cast, reshaped or transposed."""
+    own = {id(layer.inputs[i]) for i in layer.parameters}
+    while id(value) not in own:
+        op = layer.makers.get(id(value))
+        if op is None or op.name not in ("convert_element_type", "reshape", "transpose", "broadcast_in_dim", "copy"):
+            return False
+        value = op.inputs[0]
+    return True
+
+
+def _fresh_name(role: str, names: Names) -> str:
+    taken, number = set(names.values()), 2
+    name = role
+    while name in taken:
+        name, number = f"{role}{number}", number + 1
+    return name

@@ -1,0 +1,190 @@
+"""From a user's model and loss to the ``ModelProfile``: trace, flatten, cut, analyse each kind, name, count."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import msgspec
+
+from ..profile import BATCH, SEQ, Candidate, LayerKind, LayerRun, ModelProfile
+from ._candidates import class_sets
+from ._collectives import data_collectives
+from ._cut import Cut, Segment, cut_layers
+from ._flatten import Variable, flatten, holds_marks
+from ._jaxpr import is_differentiable
+from ._layer import Layer, analyse_layer
+from ._marks import Loss, Trace, abstract_model, trace_loss
+from ._names import Names, name_classes
+from ._quantities import Quantities
+
+VariableNames = dict[Variable, list[list[str | None]]]
+"""Class names of boundary values, by dimension and factor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysedKind:
+    """One layer kind with the analysis behind its profile."""
+
+    layer: Layer
+    names: Names
+    profile: LayerKind
+    tensor_classes: frozenset[int]
+    """Classes of the best candidate (empty when there is none)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """A model as the runtime needs it: the traced and cut program, its kinds, and the profile."""
+
+    trace: Trace
+    cut: Cut
+    kinds: dict[str, AnalysedKind]
+    profile: ModelProfile
+
+
+def analyse_model(model: Any, loss: Loss, batch: Any, *, name: str = "model", source: str = "") -> Analysis:
+    """Analyse ``loss(model, batch)`` abstractly: no device, no parameter memory.
+
+    Args:
+        model: A ``flax.nnx.Module``, or a function that builds one.
+        loss: ``loss(model, batch)``, a scalar.
+        batch: A pytree of arrays or ``jax.ShapeDtypeStruct`` at the shape of one microbatch (samples over all devices);
+            dimension 0 of each leaf is the batch.
+        name: Name of the model in documents.
+        source: Where the profile comes from, for its ``source`` field.
+
+    Raises:
+        AnalysisError: the model or loss cannot be traced.
+    """
+    trace = trace_loss(abstract_model(model), loss, batch)
+    cut = cut_layers(flatten(trace.program, holds_marks))
+    kinds = _analyse_kinds(trace, cut)
+    return Analysis(trace, cut, kinds, _profile(name, source, trace, cut, kinds))
+
+
+def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
+    paths = parameter_paths(trace, cut)
+    trained = trained_variables(cut, set(paths))
+    counts = {s.kind: sum(t.kind == s.kind for t in cut.segments) for s in cut.segments}
+    names = _batch_names(trace, cut)
+    kinds: dict[str, AnalysedKind] = {}
+    for segment in cut.segments:
+        if segment.kind not in kinds:
+            kinds[segment.kind] = _analyse_kind(segment, paths, trained, names, scanned=counts[segment.kind] > 1)
+        _hand_down(segment, kinds[segment.kind], names)
+    return kinds
+
+
+def _analyse_kind(
+    segment: Segment, paths: dict[Variable, str], trained: set[Variable], names: VariableNames, *, scanned: bool
+) -> AnalysedKind:
+    parameters = [i for i, v in enumerate(segment.inputs) if v in paths]
+    differentiated = [i for i, v in enumerate(segment.inputs) if v in trained]
+    layer = analyse_layer(segment, parameters, differentiated)
+    given = {i: names[v] for i, v in enumerate(segment.inputs) if v in names and i not in parameters}
+    class_names = name_classes(layer, given)
+    by_name = {n: f for f, n in class_names.items()}
+    quantities = Quantities(layer, class_names)
+    sets = class_sets(layer, seq=by_name.get(SEQ))[:1]
+    candidates = tuple(
+        Candidate(
+            classes=tuple(sorted(class_names[f] for f in found.classes)),
+            max_degree=found.max_degree,
+            flops_share=min(1.0, found.flops_share),
+            tensor=quantities.collectives(found.tensor),
+            sequence=None if found.sequence is None else quantities.collectives(found.sequence),
+        )
+        for found in sets
+    )
+    data = quantities.collectives(data_collectives(layer, by_name[BATCH])) if BATCH in by_name else ()
+    inputs, outputs = quantities.boundaries()
+    own_paths = [_inner_path(paths[segment.inputs[i]], segment) for i in parameters]
+    profile = LayerKind(
+        name=segment.kind,
+        classes={},
+        parameters=quantities.parameters(own_paths),
+        dots=quantities.dots(),
+        traffic=quantities.traffic(),
+        inputs=inputs,
+        outputs=outputs,
+        residuals=quantities.residuals(scanned=scanned),
+        workspace=quantities.workspace(),
+        candidates=candidates,
+        data=data,
+    )
+    sizes = {n: layer.dimensions.factors.size(f) for f, n in class_names.items()}
+    profile = msgspec.structs.replace(profile, classes=_used_classes(profile, sizes))
+    return AnalysedKind(layer, class_names, profile, sets[0].classes if sets else frozenset())
+
+
+def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, AnalysedKind]) -> ModelProfile:
+    runs: list[LayerRun] = []
+    for segment in cut.segments:
+        if runs and runs[-1].kind == segment.kind:
+            runs[-1] = LayerRun(kind=segment.kind, count=runs[-1].count + 1)
+        else:
+            runs.append(LayerRun(kind=segment.kind, count=1))
+    profiles = tuple(kind.profile for kind in kinds.values())
+    return ModelProfile(
+        name=name,
+        source=source or f"galvatron_jax.analysis, jax {jax.__version__}",
+        structure=cut.structure,
+        dtype=_compute_dtype(profiles),
+        seq=max((kind.classes.get(SEQ, 1) for kind in profiles), default=1),
+        layers=tuple(runs),
+        kinds=profiles,
+        causal_attention=any("attention@causal" in op.scope for k in kinds.values() for op in k.layer.ops),
+    )
+
+
+def parameter_paths(trace: Trace, cut: Cut) -> dict[Variable, str]:
+    """Return the path of each parameter, by its variable in the cut program."""
+    return dict(zip(cut.source.inputs, trace.paths, strict=False))
+
+
+def trained_variables(cut: Cut, parameters: set[Variable]) -> set[Variable]:
+    """Return all differentiable values that depend on a parameter, parameters included."""
+    found = set(parameters)
+    for equation in cut.source.equations:
+        if equation.name != "stop_gradient" and any(isinstance(v, Variable) and v in found for v in equation.inputs):
+            found.update(v for v in equation.outputs if is_differentiable(v.aval.dtype))
+    return found
+
+
+def _batch_names(trace: Trace, cut: Cut) -> VariableNames:
+    """Dimension 0 of every batch leaf is ``batch``; dimension 1 of a leaf with two or three is ``seq``."""
+    leaves = len(jax.tree.leaves(trace.batch))
+    names: VariableNames = {}
+    for variable in cut.source.inputs[-leaves:] if leaves else []:
+        rank = len(variable.aval.shape)
+        dims: list[list[str | None]] = [[BATCH], [SEQ], [None]][:rank] if rank <= 3 else [[BATCH]] + [[None]] * (rank - 1)
+        names[variable] = [dim if size > 1 else [] for dim, size in zip(dims, variable.aval.shape, strict=True)]
+    return names
+
+
+def _hand_down(segment: Segment, kind: AnalysedKind, names: VariableNames) -> None:
+    """Name the classes of a segment's results for the segments that read them."""
+    for variable, value in zip(segment.outputs, kind.layer.outputs, strict=True):
+        names[variable] = [[kind.names.get(f) for f in dim] for dim in kind.layer.dimensions.classes(value)]
+
+
+def _inner_path(path: str, segment: Segment) -> str:
+    return path.removeprefix(segment.name + ".")
+
+
+def _used_classes(kind: LayerKind, sizes: dict[str, int]) -> dict[str, int]:
+    """Keep the classes that some quantity mentions (``batch`` and ``seq`` always)."""
+    text = msgspec.json.encode(kind).decode()
+    return {n: size for n, size in sorted(sizes.items()) if f'"{n}"' in text or n in (BATCH, SEQ)}
+
+
+def _compute_dtype(kinds: Sequence[LayerKind]) -> str:
+    """The dtype of most matmul FLOPs."""
+    totals: dict[str, float] = {}
+    for kind in kinds:
+        for dot in kind.dots:
+            totals[dot.dtype] = totals.get(dot.dtype, 0) + dot.count * dot.flops(kind.classes, {})
+    return max(sorted(totals), key=lambda dtype: totals[dtype], default="float32")

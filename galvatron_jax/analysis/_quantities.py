@@ -1,0 +1,217 @@
+"""Quantities of a layer kind as monomials over named classes: products, traffic, residuals, workspace, boundaries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from ..profile import Array, Boundary, Collective, Dot, Parameter, Phase, Traffic
+from ._collectives import Predicted, recomputed_ops
+from ._dimensions import Op, Value
+from ._fusion import Fusion, unique
+from ._layer import Layer, phase_of
+from ._marks import ATTENTION
+from ._names import Names
+
+
+class Quantities:
+    """Turns values of one layer into named arrays."""
+
+    def __init__(self, layer: Layer, names: Names) -> None:
+        """Hold the layer, the names of its classes and its fusion analysis."""
+        self.layer, self.names, self.fusion = layer, names, Fusion(layer)
+        self._recomputed = recomputed_ops(layer)
+
+    def array(self, value: Value, count: int = 1) -> Array:
+        """Return the size of ``value`` as a monomial."""
+        classes, factor = self._monomial(self.layer.dimensions.flat_classes(value))
+        return Array(
+            dtype=value.dtype, classes=classes, factor=factor, count=count, attention=self._inside_attention(value)
+        )
+
+    def arrays(self, values: Iterable[Value]) -> tuple[Array, ...]:
+        """Return the sizes of ``values``, equal ones counted."""
+        counts = Counter(self.array(value) for value in values)
+        return tuple(_with_count(array, n) for array, n in counts.items())
+
+    def parameters(self, paths: Sequence[str]) -> tuple[Parameter, ...]:
+        """Return the parameters with the factors of each dimension, in input order."""
+        return tuple(
+            Parameter(path=path, dtype=value.dtype, compute_dtype=self._compute_dtype(value), dims=self._dims(value))
+            for path, value in zip(paths, [self.layer.inputs[i] for i in self.layer.parameters], strict=True)
+        )
+
+    def dots(self) -> tuple[Dot, ...]:
+        """Return all matrix products of both passes, equal ones counted."""
+        counts: Counter[Dot] = Counter()
+        for op in self.layer.ops:
+            if op.flops:
+                counts[self._dot(op)] += op.times
+        return tuple(msgspec.structs.replace(dot, count=n) for dot, n in counts.items())
+
+    def traffic(self) -> tuple[Traffic, ...]:
+        """Return what memory-bound kernels read and write, equal arrays counted."""
+        counts: Counter[tuple[Phase, Array]] = Counter(
+            (move.phase, self.array(move.value)) for move in self.fusion.moves()
+        )
+        return tuple(Traffic(phase=phase, array=_with_count(array, n)) for (phase, array), n in counts.items())
+
+    def residuals(self, *, scanned: bool) -> tuple[Array, ...]:
+        """Return what the forward pass keeps for the backward pass.
+
+        Values made from parameters alone (their casts, their gathered copies) are left out: the runtime makes them
+        again. So are constants (masks from iota, rotary tables): the compiler does.
+
+        Args:
+            scanned: The layer repeats, so a scan keeps exactly what ``jax.vjp`` keeps. Otherwise both passes are one
+                compiled program, which keeps kernel results and makes fused values again.
+        """
+        values = [v for v in self.layer.residuals if self.fusion.depends_on_data(v)]
+        if not scanned:
+            values = unique(source for value in values for source in self.fusion.sources_of(value))
+            own = {id(v) for v in self.layer.dimensions.inputs}
+            values = [v for v in values if id(v) not in own and self.fusion.depends_on_data(v)]
+        return self.arrays(v for v in values if v.shape)
+
+    def workspace(self) -> tuple[Array, ...]:
+        """Return the temporaries alive at the worst moment of the backward pass.
+
+        Residuals, inputs and gradients are left out (counted elsewhere). Attention scores are taken at their own worst
+        moment, so that a fused kernel, which has none, leaves the rest right.
+        """
+        moments = self._alive_in_backward()
+        plain = max(moments, key=lambda m: _bytes(m, self._inside_attention, False), default=[])
+        scores = max(moments, key=lambda m: _bytes(m, self._inside_attention, True), default=[])
+        return self.arrays(
+            [v for v in plain if not self._inside_attention(v)] + [v for v in scores if self._inside_attention(v)]
+        )
+
+    def boundaries(self) -> tuple[tuple[Boundary, ...], tuple[Boundary, ...]]:
+        """Return the values that enter and leave the layer, parameters left out."""
+        layer = self.layer
+        inputs = tuple(
+            Boundary(array=self.array(value), gradient=i in layer.gradients, stream=i in layer.gradients)
+            for i, value in enumerate(layer.inputs)
+            if i not in layer.parameters
+        )
+        outputs = tuple(
+            Boundary(array=self.array(value), gradient=_is_float(value), stream=_is_float(value))
+            for value in layer.outputs
+        )
+        return inputs, outputs
+
+    def collectives(self, predicted: Iterable[Predicted]) -> tuple[Collective, ...]:
+        """Return predicted collectives with equal ones counted, before and after sums are merged."""
+        counts: Counter[tuple[Phase, str, Array, bool]] = Counter()
+        merged: Counter[tuple[Phase, str, Array, bool]] = Counter()
+        roots: set[int] = set()
+        for item in predicted:
+            key = (item.phase, item.kind, self.array(item.value), item.recomputed)
+            counts[key] += 1
+            merged[key] += item.root not in roots
+            roots.add(item.root)
+        return tuple(
+            Collective(
+                phase=phase,
+                kind=kind,  # type: ignore[arg-type]  # Counter keys lose the literal
+                array=_with_count(array, n),
+                merged_count=merged[phase, kind, array, again],
+                recomputed=again,
+            )
+            for (phase, kind, array, again), n in counts.items()
+        )
+
+    # ------------------------------------------------------------------------------------------------------ helpers
+    def _monomial(self, factors: Iterable[int]) -> tuple[tuple[str, ...], int]:
+        classes, constant = [], 1
+        for f in factors:
+            if f in self.names:
+                classes.append(self.names[f])
+            else:
+                constant *= self.layer.dimensions.factors.size(f)
+        return tuple(sorted(classes)), constant
+
+    def _dims(self, value: Value) -> tuple[tuple[str | int, ...], ...]:
+        size = self.layer.dimensions.factors.size
+        return tuple(tuple(self.names.get(f, size(f)) for f in dim) for dim in self.layer.dimensions.classes(value))
+
+    def _dot(self, op: Op) -> Dot:
+        left, right = (self.layer.dimensions.flat_classes(v) for v in op.inputs[:2])
+        shared = Counter(left) & Counter(right)
+        both = list((Counter(left) + Counter(right) - self._batch_or_sum(op, shared)).elements())
+        classes, factor = self._monomial(both)
+        exact = op.flops // 2
+        whole = factor
+        sizes = {self.names[f]: self.layer.dimensions.factors.size(f) for f in both if f in self.names}
+        for name in classes:
+            whole *= sizes[name]
+        # A convolution or an unusual product may not be a product of its classes: the constant makes up for it.
+        factor = factor * exact // whole if whole and exact % whole == 0 else factor
+        return Dot(
+            phase=phase_of(op),
+            dtype=op.inputs[0].dtype,
+            classes=classes,
+            factor=factor,
+            attention=_marked(op),
+            recomputed=phase_of(op) == "backward" or id(op) in self._recomputed,
+        )
+
+    def _batch_or_sum(self, op: Op, shared: Counter[int]) -> Counter[int]:
+        """Classes that both operands of a product index together, once each."""
+        if op.name != "dot_general":
+            return shared
+        out = Counter(self.layer.dimensions.flat_classes(op.outputs[0]))
+        summed = Counter(self.layer.dimensions.factors.resolve(op.contracted))
+        left, right = (Counter(self.layer.dimensions.flat_classes(v)) for v in op.inputs[:2])
+        return left + right - out - summed
+
+    def _compute_dtype(self, value: Value) -> str:
+        readers = [op for op in self.layer.readers.get(id(value), ()) if phase_of(op) == "forward"]
+        casts = {op.outputs[0].dtype for op in readers if op.name == "convert_element_type"}
+        only_casts = readers and all(op.name == "convert_element_type" for op in readers)
+        return casts.pop() if only_casts and len(casts) == 1 else value.dtype
+
+    def _inside_attention(self, value: Value) -> bool:
+        """Made and read only inside attention calls, and larger than what leaves them: scores and their like."""
+        value = self.fusion.source(value)
+        maker = self.fusion.maker.get(id(value))
+        if maker is None or not _marked(maker):
+            return False
+        classes = self.layer.dimensions.flat_classes(value)
+        quadratic = len(classes) > len(set(classes)) or "positions" in {self.names.get(f, "")[:9] for f in classes}
+        return quadratic and all(_marked(op) for op in self.fusion.readers.get(id(value), ()))
+
+    def _alive_in_backward(self) -> list[list[Value]]:
+        """Materialised temporaries alive after each backward operation."""
+        fusion, layer = self.fusion, self.layer
+        steps = [op for op in layer.ops if phase_of(op) == "backward"]
+        excluded = {id(fusion.source(v)) for v in [*layer.dimensions.inputs, *layer.residuals]}
+        excluded.update(id(fusion.source(layer.gradients[i])) for i in layer.parameters if i in layer.gradients)
+        last = {id(fusion.source(v)): n for n, op in enumerate(steps) for v in op.inputs}
+        alive: dict[int, Value] = {}
+        moments = []
+        for n, op in enumerate(steps):
+            for value in map(fusion.source, op.outputs):
+                if fusion.is_materialised(value) and id(value) not in excluded and value.shape:
+                    alive[id(value)] = value
+            moments.append(list(alive.values()))
+            alive = {key: value for key, value in alive.items() if last.get(key, n) > n}
+        return moments
+
+
+def _with_count(array: Array, count: int) -> Array:
+    return msgspec.structs.replace(array, count=count)
+
+
+def _marked(op: Op) -> bool:
+    return ATTENTION in op.scope
+
+
+def _is_float(value: Value) -> bool:
+    return "float" in value.dtype and len(value.shape) > 0
+
+
+def _bytes(values: Iterable[Value], inside: object, wanted: bool) -> int:
+    return sum(v.bytes for v in values if inside(v) is wanted)  # type: ignore[operator]
