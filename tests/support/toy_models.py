@@ -158,7 +158,9 @@ def _block_dots(dtype: str) -> tuple[Dot, ...]:
         ("batch", "seq", "mlp", "embed"),  # down
     )
     attention = ("batch", "heads", "group", "seq", "seq", "head_dim")
-    forward = tuple(Dot(phase="forward", dtype=dtype, classes=classes) for classes in products)
+    forward = tuple(
+        Dot(phase="forward", dtype=dtype, classes=classes, recomputed=classes != products[-1]) for classes in products
+    )
     backward = tuple(Dot(phase="backward", dtype=dtype, classes=classes, count=2) for classes in products)
     return (
         *forward,

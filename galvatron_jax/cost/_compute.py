@@ -1,0 +1,117 @@
+"""Seconds of computing: matrix products, fused attention, memory-bound kernels.
+
+One product of F local FLOP takes
+
+    t = max(F / (peak(dtype) * efficiency(F)), launch)
+
+with the efficiency interpolated linearly in (log F, log efficiency), flat outside the curve; so t is a power law
+between two points and never falls while F rises, as long as the curve's own points take rising times. The launch is a
+floor and not a summand because the host queues kernels ahead of the device (CUDA C++ Programming Guide, asynchronous
+execution).
+
+Fused attention (FlashAttention-2, Dao 2023; cuDNN) takes F / (peak * attention_efficiency(phase)), half of F when it is
+causal. Its backward kernel computes the scores once more: 5 products instead of the 4 that a profile lists, which is
+also how published rates count (FlashAttention-2, section 4.1: backward FLOPs = 2.5 times forward FLOPs).
+
+Memory-bound kernels take bytes / memory bandwidth; between two products the compiler fuses them into about one kernel,
+hence their floor of one launch per product. Backward is counted from the profile's own backward products, never as a
+multiple of forward. Full rematerialisation runs forward again, except products that nothing in backward needs.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from typing import NamedTuple
+
+from ..errors import DocumentError
+from ..profile import HardwareProfile, Phase
+from ._kind import DotSum, KindSums
+from ._memo import remembered
+from ._values import Shares
+
+FUSED_BACKWARD_PRODUCTS = 5 / 4
+"""Products that a fused attention backward kernel computes, per product in the profile (see the module docstring)."""
+CAUSAL_SHARE = 0.5
+"""Share of the attention products below the diagonal, for long sequences."""
+
+
+class Curve(NamedTuple):
+    """The matmul efficiency curve in logarithms."""
+
+    log_flops: tuple[float, ...]
+    log_efficiency: tuple[float, ...]
+
+    def at(self, flops: float) -> float:
+        """Return the efficiency of a product of ``flops`` FLOP."""
+        x, y = self.log_flops, self.log_efficiency
+        log = math.log(flops)
+        if log <= x[0]:
+            return math.exp(y[0])
+        if log >= x[-1]:
+            return math.exp(y[-1])
+        i = bisect_right(x, log)
+        return math.exp(y[i - 1] + (y[i] - y[i - 1]) * (log - x[i - 1]) / (x[i] - x[i - 1]))
+
+
+@remembered
+def efficiency_curve(hardware: HardwareProfile) -> Curve:
+    """Return the matmul efficiency curve of ``hardware``."""
+    points = hardware.matmul_efficiency
+    return Curve(
+        tuple(math.log(point.flops) for point in points), tuple(math.log(point.efficiency) for point in points)
+    )
+
+
+def compute_seconds(
+    sums: KindSums, phase: Phase, shares: Shares, hardware: HardwareProfile, *, causal: bool, again: bool = False
+) -> float:
+    """Return the seconds that one device computes in one phase of one layer, for one microbatch.
+
+    Args:
+        sums: The layer kind.
+        phase: Forward or backward.
+        shares: What the strategy leaves on one device.
+        hardware: The device.
+        causal: Attention is causal.
+        again: Only what full rematerialisation runs again.
+
+    Raises:
+        DocumentError: the hardware profile has no matmul rate for an operand dtype.
+    """
+    dots = [dot for dot in sums.dots[phase] if dot.recomputed or not again]
+    products_s = sum(dot.copies * _product_seconds(dot, phase, shares, hardware, causal) for dot in dots)
+    return products_s + traffic_seconds(sums.traffic[phase].at(shares), sum(dot.copies for dot in dots) or 1, hardware)
+
+
+def traffic_seconds(size_bytes: float, kernels: int, hardware: HardwareProfile) -> float:
+    """Return the seconds of ``kernels`` memory-bound kernels that read and write ``size_bytes`` together."""
+    if not size_bytes:
+        return 0.0
+    return max(size_bytes / hardware.memory_bandwidth_bytes_per_s, kernels * hardware.kernel_launch_s)
+
+
+def matmul_peak(hardware: HardwareProfile, dtype: str) -> float:
+    """Return the peak FLOP/s of matrix products with operands of ``dtype``.
+
+    Raises:
+        DocumentError: the profile has none.
+    """
+    if dtype not in hardware.matmul_flops_per_s:
+        raise DocumentError(
+            f"no matmul rate for {dtype}",
+            expected="one of " + ", ".join(sorted(hardware.matmul_flops_per_s)),
+            where=f"hardware profile {hardware.name!r}, matmul_flops_per_s",
+            action="add it to the profile, or choose another --dtype",
+        )
+    return hardware.matmul_flops_per_s[dtype]
+
+
+def _product_seconds(dot: DotSum, phase: Phase, shares: Shares, hardware: HardwareProfile, causal: bool) -> float:
+    flops, peak = dot.flops.at(shares), matmul_peak(hardware, dot.dtype)
+    if dot.fused:
+        work = flops * (CAUSAL_SHARE if causal else 1) * (FUSED_BACKWARD_PRODUCTS if phase == "backward" else 1)
+        work_s = work / (peak * hardware.attention_efficiency[phase])
+    else:
+        work_s = flops / (peak * efficiency_curve(hardware).at(flops))
+    return max(work_s, hardware.kernel_launch_s)

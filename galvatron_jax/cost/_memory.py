@@ -1,0 +1,83 @@
+"""Bytes of one layer on one device.
+
+State (persistent; w elements after tensor parallelism; /dp where zero shards and a dimension divides, plan.zero_dim)
+
+    parameters   w * storage itemsize                        / dp from zero 3
+    gradients    w * storage itemsize                        / dp from zero 2
+    optimizer    w * training.state_bytes_per_parameter      / dp from zero 1
+
+Gradients live in the storage dtype, with or without accumulation: the compiled step allocates them for all layers at
+once (the output of the scan over layers, or the accumulator of the scan over microbatches).
+
+Residuals (per in-flight microbatch): the stream input, and without remat all that forward keeps for backward.
+
+Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
+
+    workspace
+    + residuals                                 with full remat: they are computed again just before
+    + copies of the weights in the compute dtype: zero 3: gathered, twice (this layer's and the prefetched next one's);
+      otherwise once, of those whose compute dtype is not their storage dtype
+    + the layer's whole gradient in the compute dtype, before it is reduced or added to the accumulator
+
+Checked against XLA:GPU's own peaks in tests/cost (the 16-GPU table of the notes). Not included: what no array sees
+(CUDA context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from ..plan import Strategy, Training
+from ..profile import HardwareProfile
+from ._kind import KindSums, Weights
+from ._values import LayerCost, Shares
+
+STATE = ("parameters", "gradients", "optimizer")
+"""Categories that make up ``LayerCost.state_bytes``."""
+
+
+def layer_memory(
+    sums: KindSums, weights: Weights, strategy: Strategy, shares: Shares, training: Training
+) -> dict[str, float]:
+    """Return the bytes of one layer by category (residuals: of one microbatch)."""
+    zero, dp = strategy.zero, strategy.dp
+    residuals = sums.residuals.at(shares)
+    live = sums.workspace.at(shares) + _weight_copies(weights, zero) + _whole_gradient(weights)
+    return {
+        "parameters": weights.held(zero >= 3, dp).stored,
+        "gradients": weights.held(zero >= 2, dp).stored,
+        "optimizer": weights.held(zero >= 1, dp).elements * training.state_bytes_per_parameter,
+        "residuals": sums.stream_input.at(shares) + (residuals if strategy.remat == "none" else 0.0),
+        "live": live + (residuals if strategy.remat == "full" else 0.0),
+    }
+
+
+def memory_budget(hardware: HardwareProfile) -> int:
+    """Return the bytes that arrays may use on one device: its memory less what driver, NCCL and allocator take."""
+    return hardware.memory_bytes - hardware.reserved_bytes
+
+
+def stage_memory(layers: Sequence[tuple[LayerCost, int]], in_flight: int, boundary_bytes: float) -> dict[str, int]:
+    """Return the peak bytes of one stage by category, each rounded up; the peak is their sum.
+
+    Args:
+        layers: (cost, count) of the stage's layers.
+        in_flight: Microbatches whose residuals are held at once.
+        boundary_bytes: Buffers of messages to and from the neighbouring stages.
+    """
+    memory = {name: sum(count * cost.memory[name] for cost, count in layers) for name in STATE}
+    memory["residuals"] = in_flight * sum(count * cost.residual_bytes for cost, count in layers)
+    memory["live"] = max((cost.live_bytes for cost, _ in layers), default=0.0)
+    memory["boundary"] = boundary_bytes
+    return {name: ceil(value) for name, value in memory.items()}
+
+
+def _weight_copies(weights: Weights, zero: int) -> float:
+    if zero < 3:
+        return weights.whole.cast + weights.divided.cast
+    return weights.whole.cast + 2 * weights.divided.computed
+
+
+def _whole_gradient(weights: Weights) -> float:
+    return weights.whole.computed + weights.divided.computed
