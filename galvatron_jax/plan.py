@@ -15,7 +15,7 @@ import msgspec
 
 from ._document import Document, Value, load, save
 from .cluster import Cluster
-from .errors import DeviceMismatchError, PlanError
+from .errors import ClusterError, DeviceMismatchError, PlanError
 from .profile import BATCH, SEQ, Bytes, Count, LayerKind, ModelProfile, NonNegative, Parameter
 
 Remat = Literal["none", "full"]
@@ -281,6 +281,7 @@ def _shape_violations(plan: Plan) -> list[str]:
     used = sum(stage.devices for stage in plan.stages)
     if used != plan.cluster.devices:
         found.append(f"stages use {used} devices, the cluster {plan.cluster.mesh} has {plan.cluster.devices}")
+    found += _slice_violations(plan)
     for s, stage in enumerate(plan.stages):
         if not stage.runs:
             found.append(f"stages[{s}] has no layers")
@@ -290,6 +291,18 @@ def _shape_violations(plan: Plan) -> list[str]:
                     f"stages[{s}].runs[{r}]: tp={run.strategy.tp} * dp={run.strategy.dp} is not {stage.devices} devices"
                 )
     return found
+
+
+def _slice_violations(plan: Plan) -> list[str]:
+    """Stages are equal slices of the device list, and each is whole nodes or an even part of one."""
+    counts = [stage.devices for stage in plan.stages]
+    if len(set(counts)) > 1:
+        return [f"stages have {', '.join(map(str, counts))} devices, not equally many"]
+    try:
+        plan.cluster.slice_shape(counts[0])
+    except ClusterError as error:
+        return [error.message]
+    return []
 
 
 def _model_violations(plan: Plan, model: ModelProfile) -> list[str]:
