@@ -18,9 +18,9 @@ with n bytes of the whole array (all-to-all and permute: of the local one), B in
 
 Why c * B_inter: B_inter is one GPU's share of its node's network cards. A data-parallel group of stride tp =
 gpus_per_node has one member per node (c = 1) and runs beside tp others, each with its own share. A group of whole nodes
-(c = 8) forms c rings, each of which leaves the node through another card; each ring carries n / c, so together they have
-c shares, until the links inside the node, which all rings pass, are the bound. Chunks are pipelined through the hops, so
-the slower link decides and the two times do not add up.
+(c = 8) forms c rings, each of which leaves the node through another card; each ring carries n / c, so together they
+have c shares, until the links inside the node, which all rings pass, are the bound. Chunks are pipelined through the
+hops, so the slower link decides and the two times do not add up.
 
 A table of the same kind, group size and place (inside a node or not) replaces the formula. Inside a node, a table of
 another group size is scaled by the ratio of the formulas. Limit: a table does not say how many members share a node.

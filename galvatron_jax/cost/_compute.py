@@ -10,12 +10,13 @@ floor and not a summand because the host queues kernels ahead of the device (CUD
 execution).
 
 Fused attention (FlashAttention-2, Dao 2023; cuDNN) takes F / (peak * attention_efficiency(phase)), half of F when it is
-causal. Its backward kernel computes the scores once more: 5 products instead of the 4 that a profile lists, which is
-also how published rates count (FlashAttention-2, section 4.1: backward FLOPs = 2.5 times forward FLOPs).
+causal. Its backward kernel computes the scores once more, a fifth product beside the 4 of the profile; the efficiency
+of the hardware profile is stated for 4, so that product is in it.
 
 Memory-bound kernels take bytes / memory bandwidth; between two products the compiler fuses them into about one kernel,
-hence their floor of one launch per product. Backward is counted from the profile's own backward products, never as a
-multiple of forward. Full rematerialisation runs forward again, except products that nothing in backward needs.
+hence their floor of one launch per product. Arrays without a batch are weights, cast to the compute dtype (forward) or
+gradients, cast back (backward): under zero they are cast as shards. Backward is counted from the profile's own backward
+products, never as a multiple of forward. Full remat runs forward again, except products that nothing in backward needs.
 """
 
 from __future__ import annotations
@@ -30,8 +31,6 @@ from ._kind import DotSum, KindSums
 from ._memo import remembered
 from ._values import Shares
 
-FUSED_BACKWARD_PRODUCTS = 5 / 4
-"""Products that a fused attention backward kernel computes, per product in the profile (see the module docstring)."""
 CAUSAL_SHARE = 0.5
 """Share of the attention products below the diagonal, for long sequences."""
 
@@ -66,7 +65,7 @@ def efficiency_curve(hardware: HardwareProfile) -> Curve:
 def compute_seconds(
     sums: KindSums, phase: Phase, shares: Shares, hardware: HardwareProfile, *, causal: bool, again: bool = False
 ) -> float:
-    """Return the seconds that one device computes in one phase of one layer, for one microbatch.
+    """Return the seconds that one device computes in one phase of one layer, for one microbatch, weight casts left out.
 
     Args:
         sums: The layer kind.
@@ -110,8 +109,7 @@ def matmul_peak(hardware: HardwareProfile, dtype: str) -> float:
 def _product_seconds(dot: DotSum, phase: Phase, shares: Shares, hardware: HardwareProfile, causal: bool) -> float:
     flops, peak = dot.flops.at(shares), matmul_peak(hardware, dot.dtype)
     if dot.fused:
-        work = flops * (CAUSAL_SHARE if causal else 1) * (FUSED_BACKWARD_PRODUCTS if phase == "backward" else 1)
-        work_s = work / (peak * hardware.attention_efficiency[phase])
+        work_s = flops * (CAUSAL_SHARE if causal else 1) / (peak * hardware.attention_efficiency[phase])
     else:
         work_s = flops / (peak * efficiency_curve(hardware).at(flops))
     return max(work_s, hardware.kernel_launch_s)

@@ -28,6 +28,7 @@ from ._memo import remembered
 from ._values import Shares
 
 Share = Literal["whole", "tensor", "sequence"]
+PHASES: tuple[Phase, ...] = ("forward", "backward")
 FUSABLE_DTYPES = ("bfloat16", "float16")
 """Fused attention kernels (FlashAttention, cuDNN) exist for these operand dtypes."""
 
@@ -67,7 +68,9 @@ class KindSums(NamedTuple):
 
     dots: dict[Phase, tuple[DotSum, ...]]
     traffic: dict[Phase, LocalSum]
-    """Bytes that memory-bound kernels read and write."""
+    """Bytes that memory-bound kernels read and write, of arrays with a batch."""
+    weight_traffic: dict[Phase, LocalSum]
+    """The same of arrays without a batch: casts of the weights to the compute dtype and of their gradients back."""
     stream_input: LocalSum
     """Bytes of the layer's stream input: all that full remat keeps."""
     residuals: LocalSum
@@ -113,9 +116,11 @@ class Weights(NamedTuple):
         return self.whole.plus(self.divided.scaled(1 / dp if sharded else 1))
 
 
+@remembered
 def is_fused(kind: LayerKind, hardware: HardwareProfile) -> bool:
     """Return whether the attention of ``kind`` runs as a fused kernel on ``hardware``."""
-    return hardware.fused_attention and all(dot.dtype in FUSABLE_DTYPES for dot in kind.dots if dot.attention)
+    scores = _scores(kind)
+    return hardware.fused_attention and bool(scores) and all(dot.dtype in FUSABLE_DTYPES for dot in scores)
 
 
 def best_candidate(kind: LayerKind) -> Candidate | None:
@@ -128,8 +133,9 @@ def summarise(kind: LayerKind, fused: bool) -> KindSums:
     """Return the sums of ``kind``, with or without fused attention."""
     stream = [boundary.array for boundary in kind.inputs if boundary.stream]
     return KindSums(
-        dots={phase: tuple(_dot(kind, dot, fused) for dot in kind.dots if dot.phase == phase) for phase in _PHASES},
-        traffic={phase: _total(kind, (t.array for t in kind.traffic if t.phase == phase), fused) for phase in _PHASES},
+        dots={phase: tuple(_dot(kind, dot, fused) for dot in kind.dots if dot.phase == phase) for phase in PHASES},
+        traffic={phase: _traffic(kind, phase, fused, batch=True) for phase in PHASES},
+        weight_traffic={phase: _traffic(kind, phase, fused, batch=False) for phase in PHASES},
         stream_input=_total(kind, stream, fused),
         residuals=_total(kind, kind.residuals, fused),
         workspace=_total(kind, kind.workspace, fused),
@@ -163,12 +169,22 @@ def array_bytes(kind: LayerKind, array: Array) -> LocalSum:
     return LocalSum(((ITEM_BYTES[array.dtype] * size, power, share),))
 
 
-_PHASES: tuple[Phase, ...] = ("forward", "backward")
-
-
 def _dot(kind: LayerKind, dot: Dot, fused: bool) -> DotSum:
     share, power, size = _monomial(kind, dot.classes, dot.factor)
-    return DotSum(LocalSum(((2 * size, power, share),)), dot.dtype, dot.count, fused and dot.attention, dot.recomputed)
+    flops = LocalSum(((2 * size, power, share),))
+    if fused and dot.attention:  # one kernel, in the operands' dtype also where the traced backward was wider
+        return DotSum(flops, next(d.dtype for d in _scores(kind)), dot.count, True, dot.recomputed)
+    return DotSum(flops, dot.dtype, dot.count, False, dot.recomputed)
+
+
+def _scores(kind: LayerKind) -> list[Dot]:
+    """Attention products of the forward pass: their dtype is that of query, key and value."""
+    return [dot for dot in kind.dots if dot.attention and dot.phase == "forward"]
+
+
+def _traffic(kind: LayerKind, phase: Phase, fused: bool, *, batch: bool) -> LocalSum:
+    arrays = (t.array for t in kind.traffic if t.phase == phase and (BATCH in t.array.classes) == batch)
+    return _total(kind, arrays, fused)
 
 
 def _total(kind: LayerKind, arrays: Iterable[Array], fused: bool) -> LocalSum:

@@ -1,33 +1,42 @@
-"""Memory of what was derived from a document, found by the document's identity.
+"""Memory of what was derived from documents, found by the documents' identity.
 
-Documents hold dictionaries, so they have no hash, and hashing a layer kind would cost more than pricing it. Each entry
-keeps its document alive, so an identity is never reused for another one.
+Profiles hold dictionaries, so they have no hash, and hashing a layer kind would cost more than pricing it. Each entry
+keeps its documents alive, so an identity is never reused for another one.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
+from ..profile import HardwareProfile, LayerKind
+
+P = ParamSpec("P")
 R = TypeVar("R")
 
-LIMIT = 4096
-"""Entries per function; beyond it the oldest goes (a search over one model needs some hundred)."""
+LIMIT = 2**16
+"""Entries per function; beyond it the oldest goes (a search over one model needs some thousand)."""
 
 
-def remembered(function: Callable[..., R]) -> Callable[..., R]:
-    """Remember the results of the pure ``function(document, *keys)`` by identity of the document and value of the keys."""
+def remembered(function: Callable[P, R]) -> Callable[P, R]:
+    """Remember the results of a pure function: layer kinds and hardware by identity, other arguments by value.
+
+    The function is called with positional arguments only.
+    """
     held: dict[tuple[Hashable, ...], tuple[object, R]] = {}
 
     @functools.wraps(function)
-    def lookup(document: object, *keys: Hashable) -> R:
-        key = (id(document), *keys)
+    def lookup(*args: P.args, **kwargs: P.kwargs) -> R:
+        key = tuple([id(arg) if isinstance(arg, _DOCUMENTS) else arg for arg in args])
         entry = held.get(key)
         if entry is None:
-            entry = held[key] = (document, function(document, *keys))
+            entry = held[key] = (args, function(*args, **kwargs))
             if len(held) > LIMIT:
                 del held[next(iter(held))]
         return entry[1]
 
     return lookup
+
+
+_DOCUMENTS = (LayerKind, HardwareProfile)
