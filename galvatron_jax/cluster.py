@@ -66,6 +66,20 @@ class Cluster(Value, frozen=True, kw_only=True):
             + [MeshAxis(f"g{i}", p) for i, p in enumerate(prime_factors(gpus))]
         )
 
+    def tensor_degrees(self, devices: int) -> tuple[int, ...]:
+        """Return the tensor-parallel degrees of a stage of ``devices`` devices: products of trailing mesh axes, ascending.
+
+        Data parallelism takes the leading axes and tensor parallelism the trailing ones, so a degree that is no such
+        product (3 on six devices, whose axes are 3 and 2) has no set of axes.
+
+        Raises:
+            ClusterError: see ``slice_shape``.
+        """
+        degrees = [1]
+        for axis in reversed(self.stage_axes(devices)):
+            degrees.append(degrees[-1] * axis.size)
+        return tuple(degrees)
+
     def slice_shape(self, devices: int) -> tuple[int, int]:
         """Return (nodes, GPUs per node) of a contiguous slice of ``devices`` devices.
 

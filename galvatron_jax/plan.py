@@ -285,7 +285,14 @@ def _shape_violations(plan: Plan) -> list[str]:
     for s, stage in enumerate(plan.stages):
         if not stage.runs:
             found.append(f"stages[{s}] has no layers")
+        try:
+            degrees = plan.cluster.tensor_degrees(stage.devices)
+        except ClusterError as error:
+            found.append(f"stages[{s}]: {error}")
+            continue
         for r, run in enumerate(stage.runs):
+            if run.strategy.tp not in degrees:
+                found.append(f"stages[{s}].runs[{r}]: tp={run.strategy.tp} is none of {degrees}")
             if run.strategy.tp * run.strategy.dp != stage.devices:
                 found.append(
                     f"stages[{s}].runs[{r}]: tp={run.strategy.tp} * dp={run.strategy.dp} is not {stage.devices} devices"

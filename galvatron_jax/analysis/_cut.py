@@ -50,12 +50,6 @@ class Cut:
     segments: list[Segment]
     source: Program
 
-    @property
-    def structure(self) -> str:
-        """Hash of the whole cut: kinds in order and the structure of each kind."""
-        text = "|".join(f"{s.kind}:{_program_hash(s.program)}" for s in _first_of_kind(self.segments))
-        return hashlib.sha256((text + ",".join(s.kind for s in self.segments)).encode()).hexdigest()[:16]
-
 
 @dataclasses.dataclass(slots=True)
 class _Call:
@@ -233,10 +227,3 @@ def _inner_scope(scope: str) -> str:
     """Scope text of an equation as the name of one scope (kept for attention marks and error messages)."""
     return scope.strip("/") or "top"
 
-
-def _program_hash(program: ClosedJaxpr) -> str:
-    return hashlib.sha256(re.sub(r"0x[0-9a-f]+", "", str(program.jaxpr)).encode()).hexdigest()[:16]
-
-
-def _first_of_kind(segments: Sequence[Segment]) -> list[Segment]:
-    return list({segment.kind: segment for segment in reversed(segments)}.values())[::-1]

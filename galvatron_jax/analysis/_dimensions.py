@@ -19,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from ..units import ITEM_BYTES
 from ._factors import Dim, Factors
 from ._flatten import Program, Variable, flatten, is_call
+from ._jaxpr import called_program
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -62,7 +63,7 @@ class Rule:
 
     __slots__ = ("factors", "op", "params", "results", "walk")
 
-    def __init__(self, factors: Factors, op: Op, params: Mapping[str, Any], results: Sequence[Any], walk: _Walk) -> None:
+    def __init__(self, factors: Factors, op: Op, params: Mapping[str, Any], results: Sequence[Any], walk: Walk) -> None:
         """Hold the pieces; rules are functions from this to one list of dims per result."""
         self.factors, self.op, self.params, self.results, self.walk = factors, op, params, results, walk
 
@@ -115,14 +116,14 @@ class Dimensions:
 
 def analyse_dimensions(closed: ClosedJaxpr) -> Dimensions:
     """Analyse ``closed`` (calls of every kind are inlined first)."""
+    walk = Walk(Factors())
     program = flatten(closed, is_call)
-    walk = _Walk(Factors())
     inputs = [walk.fresh(v.aval) for v in program.inputs]
-    outputs = walk.run(program, inputs)
+    outputs, _ = walk.run(program, inputs)
     return Dimensions(walk.factors, walk.ops, inputs, outputs, walk.unknown)
 
 
-class _Walk:
+class Walk:
     """Runs the rules over a program and, through control-flow rules, over its inner programs."""
 
     def __init__(self, factors: Factors) -> None:
@@ -136,8 +137,10 @@ class _Walk:
         shape = tuple(aval.shape)
         return Value(shape, str(aval.dtype), [self.factors.new(n, blocked=blocked) for n in shape])
 
-    def run(self, program: Program, inputs: Sequence[Value], times: int = 1) -> list[Value]:
-        """Analyse ``program`` on ``inputs``, which runs ``times`` times; return its results."""
+    def run(
+        self, program: Program, inputs: Sequence[Value], times: int = 1
+    ) -> tuple[list[Value], dict[Variable, Value]]:
+        """Analyse ``program``, which runs ``times`` times, on ``inputs``; return its results and all its values."""
         values: dict[Variable, Value] = dict(zip(program.inputs, inputs, strict=True))
         values.update((v, self.fresh(v.aval)) for v in program.constants)
 
@@ -147,24 +150,26 @@ class _Walk:
         for equation in program.equations:
             op = Op(equation.name, [read(v) for v in equation.inputs], equation.scope, times, self.depth > 0)
             avals = [v.aval for v in equation.outputs]
-            dims = self._apply(Rule(self.factors, op, equation.eqn.params, avals, self))
+            dims = self._apply(Rule(self.factors, op, equation.eqn.params, avals, self), called_program(equation.eqn))
             op.outputs = [Value(tuple(a.shape), str(a.dtype), d) for a, d in zip(avals, dims, strict=True)]
             self.ops.append(op)
             values.update(zip(equation.outputs, op.outputs, strict=True))
-        return [read(v) for v in program.outputs]
+        return [read(v) for v in program.outputs], values
 
     def run_inner(self, program: ClosedJaxpr | Jaxpr, inputs: Sequence[Value], times: int) -> list[Value]:
-        """Analyse the body of a loop or branch."""
+        """Analyse the body of a loop, branch or call."""
         closed = program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
         self.depth += 1
-        results = self.run(flatten(closed, is_call), inputs, times)
+        results, _ = self.run(flatten(closed, is_call), inputs, times)
         self.depth -= 1
         return results
 
-    def _apply(self, rule: Rule) -> list[list[Dim]]:
+    def _apply(self, rule: Rule, called: ClosedJaxpr | Jaxpr | None) -> list[list[Dim]]:
         function = RULES.get(rule.op.name)
         if function is not None:
             return function(rule)
+        if called is not None:
+            return [value.dims for value in self.run_inner(called, rule.inputs, rule.op.times)]
         self.unknown[rule.op.name] += 1
         for value in rule.inputs:
             rule.op.needs_whole(value, [f for dim in value.dims for f in dim])

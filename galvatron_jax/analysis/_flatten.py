@@ -77,6 +77,11 @@ def holds_marks(eqn: JaxprEqn) -> bool:
     return False
 
 
+def is_plain_call(eqn: JaxprEqn) -> bool:
+    """Descend into calls without derivative rules of their own: what is left can still be differentiated."""
+    return eqn.primitive.name in CALLS
+
+
 def is_call(eqn: JaxprEqn) -> bool:
     """Descend into every kind of call (custom derivatives too), not into loops."""
     return eqn.primitive.name != "scan" and called_program(eqn) is not None
@@ -126,7 +131,7 @@ class _Builder:
         if self.descend(eqn):
             if eqn.primitive.name == "scan":
                 return self._unroll(eqn, inputs, scope, rename)
-            program = called_program(eqn) or next(inner_programs(eqn))
+            program = called_program(eqn) or next(inner_programs(eqn))  # jit keeps its program in one parameter
             return self.run(program, inputs, scope, rename)
         outputs = [Variable(v.aval) for v in eqn.outvars]
         self.equations.append(Equation(eqn, inputs, outputs, scope))

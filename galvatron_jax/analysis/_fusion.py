@@ -13,12 +13,18 @@ from collections.abc import Iterable
 from ..profile import Phase
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
+from ._rules import ELEMENTWISE, RANDOM
 
 KERNELS = frozenset(
     """dot_general conv_general_dilated ragged_dot_general gather scatter scatter-add scatter-mul scatter-min scatter-max
     sort top_k cumsum cumprod cummax cummin cumlogsumexp scan while cond rng_bit_generator""".split()
 )
 """Primitives that end a fusion."""
+
+FUSED = frozenset(
+    """broadcast_in_dim iota slice split concatenate pad dynamic_slice rev select_and_scatter_add device_put""".split()
+)
+"""Primitives besides elementwise ones and views that fused kernels take in."""
 
 VIEWS = frozenset("reshape squeeze expand_dims transpose copy stop_gradient optimization_barrier name".split())
 """Primitives whose result is the operand seen in another way."""
@@ -84,7 +90,7 @@ class Fusion:
         while queue:
             current = queue.pop()
             op = self.maker.get(id(current))
-            if op is None or is_kernel(op) or op.name.startswith("reduce_"):
+            if op is None or is_kernel(op) or is_kept(op.name):
                 found[id(current)] = current
             else:
                 queue += [self.source(v) for v in op.inputs]
@@ -125,6 +131,15 @@ class Fusion:
                 if id(op) in parent and maker is not None and id(maker) in parent and phase_of(op) == phase_of(maker):
                     parent[find(id(op))] = find(id(maker))
         return {key: find(key) for key in parent}
+
+
+def is_kept(primitive: str) -> bool:
+    """Tell whether results of ``primitive`` are kept for the backward pass under remat ``none``.
+
+    Everything but elementwise operations, views and data movement: those are made again inside fused kernels for less
+    than it costs to store and load them. Unknown primitives are kept (a custom kernel is expensive).
+    """
+    return not (primitive in ELEMENTWISE or primitive in VIEWS or primitive in FUSED or primitive in RANDOM)
 
 
 def is_kernel(op: Op) -> bool:

@@ -18,7 +18,9 @@ from jax.extend.core import jaxpr_as_fun
 
 from ..profile import Phase
 from ._cut import Segment
-from ._dimensions import Dimensions, Op, Value, analyse_dimensions
+from ._dimensions import Dimensions, Op, Value, Walk
+from ._factors import Factors
+from ._flatten import Program, Variable, flatten, is_call, is_plain_call
 from ._jaxpr import abstract, is_differentiable
 
 BACKWARD = "backward@"
@@ -41,6 +43,10 @@ class Layer:
     outputs: list[Value]
     gradients: dict[int, Value]
     """Cotangent of each differentiated input."""
+    forward: Program
+    """The forward pass as the runtime runs it: flat, but calls with derivative rules of their own kept whole."""
+    forward_values: dict[Variable, Value]
+    """Dimensions of every value of ``forward``, in the same factors."""
 
     @functools.cached_property
     def makers(self) -> dict[int, Op]:
@@ -104,32 +110,43 @@ def analyse_layer(segment: Segment, parameters: Sequence[int], differentiated: S
 
     inputs = [abstract(v.aval) for v in segment.inputs]
     cotangents = [abstract(v.aval) for v in segment.outputs if is_differentiable(v.aval.dtype)]
-    closed = jax.make_jaxpr(both_passes)(inputs, cotangents)
-    dimensions = analyse_dimensions(closed)
-    n_outputs, n_kept = counts["outputs"], counts["kept"]
-    _tie_cotangents(dimensions, len(inputs), segment)
-    for index, gradient in zip(chosen, dimensions.outputs[n_outputs + n_kept :], strict=True):
-        _unify(dimensions, dimensions.inputs[index], gradient)
-    kept_values = dimensions.outputs[n_outputs : n_outputs + n_kept]
-    own = {id(v) for v in dimensions.inputs}
+    joint = flatten(jax.make_jaxpr(both_passes)(inputs, cotangents), is_call)
+    walk = Walk(Factors())
+    arguments = [walk.fresh(v.aval) for v in joint.inputs]
+    forward = flatten(segment.program, is_plain_call)
+    _, forward_values = walk.run(forward, arguments[: len(inputs)])
+    walk.ops.clear()
+    results, _ = walk.run(joint, arguments)
+    dimensions = Dimensions(walk.factors, walk.ops, arguments, results, walk.unknown)
+    outputs, kept, gradients = _split(results, counts["outputs"], counts["kept"])
+    _tie(dimensions, segment, outputs, dict(zip(chosen, gradients, strict=True)))
+    own = {id(v) for v in arguments}
     return Layer(
         segment=segment,
         dimensions=dimensions,
         ops=_live_ops(dimensions),
         parameters=tuple(parameters),
         differentiated=chosen,
-        residuals=list({id(v): v for v in kept_values if id(v) not in own}.values()),
-        outputs=dimensions.outputs[:n_outputs],
-        gradients=dict(zip(chosen, dimensions.outputs[n_outputs + n_kept :], strict=True)),
+        residuals=list({id(v): v for v in kept if id(v) not in own}.values()),
+        outputs=outputs,
+        gradients=dict(zip(chosen, gradients, strict=True)),
+        forward=forward,
+        forward_values=forward_values,
     )
 
 
-def _tie_cotangents(dimensions: Dimensions, first: int, segment: Segment) -> None:
-    """An output and its cotangent hold the same index spaces."""
-    cotangents = iter(dimensions.inputs[first:])
-    for variable, output in zip(segment.outputs, dimensions.outputs, strict=False):
+def _split(results: list[Value], outputs: int, kept: int) -> tuple[list[Value], list[Value], list[Value]]:
+    return results[:outputs], results[outputs : outputs + kept], results[outputs + kept :]
+
+
+def _tie(dimensions: Dimensions, segment: Segment, outputs: list[Value], gradients: dict[int, Value]) -> None:
+    """A value and its cotangent hold the same index spaces."""
+    cotangents = iter(dimensions.inputs[len(segment.inputs) :])
+    for variable, output in zip(segment.outputs, outputs, strict=True):
         if is_differentiable(variable.aval.dtype):
             _unify(dimensions, output, next(cotangents))
+    for index, gradient in gradients.items():
+        _unify(dimensions, dimensions.inputs[index], gradient)
 
 
 def _unify(dimensions: Dimensions, left: Value, right: Value) -> None:

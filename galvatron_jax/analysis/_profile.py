@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,18 +69,17 @@ def analyse_model(model: Any, loss: Loss, batch: Any, *, name: str = "model", so
 def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
     paths = parameter_paths(trace, cut)
     trained = trained_variables(cut, set(paths))
-    counts = {s.kind: sum(t.kind == s.kind for t in cut.segments) for s in cut.segments}
     names = _batch_names(trace, cut)
     kinds: dict[str, AnalysedKind] = {}
     for segment in cut.segments:
         if segment.kind not in kinds:
-            kinds[segment.kind] = _analyse_kind(segment, paths, trained, names, scanned=counts[segment.kind] > 1)
+            kinds[segment.kind] = _analyse_kind(segment, paths, trained, names)
         _hand_down(segment, kinds[segment.kind], names)
     return kinds
 
 
 def _analyse_kind(
-    segment: Segment, paths: dict[Variable, str], trained: set[Variable], names: VariableNames, *, scanned: bool
+    segment: Segment, paths: dict[Variable, str], trained: set[Variable], names: VariableNames
 ) -> AnalysedKind:
     parameters = [i for i, v in enumerate(segment.inputs) if v in paths]
     differentiated = [i for i, v in enumerate(segment.inputs) if v in trained]
@@ -110,7 +110,7 @@ def _analyse_kind(
         traffic=quantities.traffic(),
         inputs=inputs,
         outputs=outputs,
-        residuals=quantities.residuals(scanned=scanned),
+        residuals=quantities.residuals(),
         workspace=quantities.workspace(),
         candidates=candidates,
         data=data,
@@ -131,7 +131,7 @@ def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, An
     return ModelProfile(
         name=name,
         source=source or f"galvatron_jax.analysis, jax {jax.__version__}",
-        structure=cut.structure,
+        structure=_structure(runs, profiles),
         dtype=_compute_dtype(profiles),
         seq=max((kind.classes.get(SEQ, 1) for kind in profiles), default=1),
         layers=tuple(runs),
@@ -179,6 +179,19 @@ def _used_classes(kind: LayerKind, sizes: dict[str, int]) -> dict[str, int]:
     """Keep the classes that some quantity mentions (``batch`` and ``seq`` always)."""
     text = msgspec.json.encode(kind).decode()
     return {n: size for n, size in sorted(sizes.items()) if f'"{n}"' in text or n in (BATCH, SEQ)}
+
+
+def _structure(runs: Sequence[LayerRun], kinds: Sequence[LayerKind]) -> str:
+    """Hash of what a plan depends on: the layers in order, their parameters, and the classes that may be sharded.
+
+    Batch, sequence length and dtypes are left out: the same model at another shape takes the same plan.
+    """
+    text = [f"{run.count}x{run.kind}" for run in runs]
+    for kind in kinds:
+        sizes = {n: size for n, size in kind.classes.items() if n not in (BATCH, SEQ)}
+        dims = [(p.path, [[sizes.get(f, f) if isinstance(f, str) else f for f in dim] for dim in p.dims]) for p in kind.parameters]
+        text.append(f"{kind.name}{dims}{[candidate.classes for candidate in kind.candidates]}")
+    return hashlib.sha256("|".join(text).encode()).hexdigest()[:16]
 
 
 def _compute_dtype(kinds: Sequence[LayerKind]) -> str:

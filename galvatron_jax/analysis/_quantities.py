@@ -58,22 +58,14 @@ class Quantities:
         )
         return tuple(Traffic(phase=phase, array=_with_count(array, n)) for (phase, array), n in counts.items())
 
-    def residuals(self, *, scanned: bool) -> tuple[Array, ...]:
-        """Return what the forward pass keeps for the backward pass.
+    def residuals(self) -> tuple[Array, ...]:
+        """Return what the forward pass keeps for the backward pass under remat ``none``.
 
-        Values made from parameters alone (their casts, their gathered copies) are left out: the runtime makes them
-        again. So are constants (masks from iota, rotary tables): the compiler does.
-
-        Args:
-            scanned: The layer repeats, so a scan keeps exactly what ``jax.vjp`` keeps. Otherwise both passes are one
-                compiled program, which keeps kernel results and makes fused values again.
+        Results of kernels and of reductions are kept; values that fused kernels made from them are made again by the
+        fused kernels of the backward pass (``is_kept`` in ``_fusion`` is the rule, the runtime's policy is the same one).
+        Left out are values made from parameters alone (casts, gathered copies) and constants (masks, rotary tables).
         """
-        values = [v for v in self.layer.residuals if self.fusion.depends_on_data(v)]
-        if not scanned:
-            values = unique(source for value in values for source in self.fusion.sources_of(value))
-            own = {id(v) for v in self.layer.dimensions.inputs}
-            values = [v for v in values if id(v) not in own and self.fusion.depends_on_data(v)]
-        return self.arrays(v for v in values if v.shape)
+        return self.arrays(self._kept())
 
     def workspace(self) -> tuple[Array, ...]:
         """Return the temporaries alive at the worst moment of the backward pass.
@@ -124,6 +116,12 @@ class Quantities:
         )
 
     # ------------------------------------------------------------------------------------------------------ helpers
+    def _kept(self) -> list[Value]:
+        own = {id(v) for v in self.layer.dimensions.inputs}
+        needed = [v for v in self.layer.residuals if self.fusion.depends_on_data(v)]
+        sources = unique(source for value in needed for source in self.fusion.sources_of(value))
+        return [v for v in sources if id(v) not in own and self.fusion.depends_on_data(v) and v.shape]
+
     def _monomial(self, factors: Iterable[int]) -> tuple[tuple[str, ...], int]:
         classes, constant = [], 1
         for f in factors:
@@ -184,17 +182,20 @@ class Quantities:
         return quadratic and all(_marked(op) for op in self.fusion.readers.get(id(value), ()))
 
     def _alive_in_backward(self) -> list[list[Value]]:
-        """Materialised temporaries alive after each backward operation."""
+        """Materialised temporaries alive during each backward operation.
+
+        A forward value that was not kept is made again when it is first read.
+        """
         fusion, layer = self.fusion, self.layer
         steps = [op for op in layer.ops if phase_of(op) == "backward"]
-        excluded = {id(fusion.source(v)) for v in [*layer.dimensions.inputs, *layer.residuals]}
-        excluded.update(id(fusion.source(layer.gradients[i])) for i in layer.parameters if i in layer.gradients)
+        elsewhere = {id(fusion.source(v)) for v in [*layer.dimensions.inputs, *self._kept()]}
+        elsewhere.update(id(fusion.source(layer.gradients[i])) for i in layer.parameters if i in layer.gradients)
         last = {id(fusion.source(v)): n for n, op in enumerate(steps) for v in op.inputs}
         alive: dict[int, Value] = {}
         moments = []
         for n, op in enumerate(steps):
-            for value in map(fusion.source, op.outputs):
-                if fusion.is_materialised(value) and id(value) not in excluded and value.shape:
+            for value in map(fusion.source, [*op.inputs, *op.outputs]):
+                if value.shape and id(value) not in elsewhere and fusion.is_materialised(value):
                     alive[id(value)] = value
             moments.append(list(alive.values()))
             alive = {key: value for key, value in alive.items() if last.get(key, n) > n}
