@@ -127,7 +127,9 @@ def save(document: Document, path: str | Path) -> Path:
             raise
     except OSError as error:
         raise DocumentError(
-            f"cannot write the {document.DOCUMENT}: {error.strerror or error}", where=str(path), action="choose another path"
+            f"cannot write the {document.DOCUMENT}: {error.strerror or error}",
+            where=str(path),
+            action="choose another path",
         ) from None
     return path
 

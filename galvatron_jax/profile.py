@@ -1,8 +1,8 @@
 """Profiles: what the search knows about the hardware and about the model.
 
 A ``ModelProfile`` describes each layer kind by *arrays whose sizes are monomials over named classes*: the query of a
-Llama block is ``("batch", "seq", "heads", "head_dim")``. Two dimensions share a class when the analysis proved that they
-hold the same index space. So one profile answers every batch, sequence length and sharding:
+Llama block is ``("batch", "seq", "heads", "head_dim")``. Two dimensions share a class when the analysis proved that
+they hold the same index space. So one profile answers every batch, sequence length and sharding:
 
     local bytes = itemsize * factor * product over classes of size(class) / shards(class)
 
@@ -121,9 +121,9 @@ class Collective(Value, frozen=True, kw_only=True, omit_defaults=True):
     phase: Phase
     kind: CollectiveKind
     array: Array
-    """The whole array of the group: result of all-reduce and all-gather, operand of reduce-scatter (local otherwise)."""
+    """Whole array of the group: result of all-reduce and all-gather, operand of reduce-scatter (local otherwise)."""
     merged_count: Annotated[int, msgspec.Meta(ge=0)]
-    """How many are left when the compiler sums partial results before reducing them (XLA:GPU, AllReduceReassociate)."""
+    """How many are left when the compiler sums partial results before it reduces (XLA:GPU, AllReduceReassociate)."""
     recomputed: bool = False
     """A forward collective that full rematerialisation runs again."""
 

@@ -6,7 +6,8 @@ last stage: for its own forward).
 
 * ``gpipe``: all forwards, then all backwards; a stage holds the residuals of all microbatches.
 * ``1f1b``: ``stages - 1 - s`` forwards to fill, then one forward and one backward in turn, then the remaining
-  backwards (PipeDream-Flush, Narayanan et al. 2021, section 2.2.1); stage ``s`` holds at most ``stages - s`` microbatches.
+  backwards (PipeDream-Flush, Narayanan et al. 2021, section 2.2.1); stage ``s`` holds at most ``stages - s``
+  microbatches.
 """
 
 from __future__ import annotations

@@ -25,7 +25,23 @@ def test_parse_cluster_good_text_returns_cluster(text: str, nodes: int, gpus: in
 
 @pytest.mark.parametrize(
     "text",
-    ["2x", "0x8", "8x0", "-1x8", "2x8x4", "２x8", "2×8", "1e9x8", "9999999x9999999", "1000001x1", "", "x", "2 x 8", "2x8\n3", "8"],
+    [
+        "2x",
+        "0x8",
+        "8x0",
+        "-1x8",
+        "2x8x4",
+        "２x8",
+        "2×8",
+        "1e9x8",
+        "9999999x9999999",
+        "1000001x1",
+        "",
+        "x",
+        "2 x 8",
+        "2x8\n3",
+        "8",
+    ],
 )
 def test_parse_cluster_bad_text_raises_one_line_with_example(text: str) -> None:
     with pytest.raises(ClusterError) as caught:

@@ -81,7 +81,10 @@ BAD_TEXTS = {
     "a negative count": (plan_with(microbatches=-1), "microbatches"),
     "a huge integer": (plan_with(global_batch=10**400), "global_batch"),
     "a huge size": (plan_with(memory_budget_bytes=2**60), "memory_budget_bytes"),
-    "an endless integer": (plan_with().replace('"global_batch": 32', '"global_batch": ' + "9" * 10_000), "global_batch"),
+    "an endless integer": (
+        plan_with().replace('"global_batch": 32', '"global_batch": ' + "9" * 10_000),
+        "global_batch",
+    ),
     "a billion nodes": (plan_with(cluster={"nodes": 10**9, "gpus_per_node": 8}), "nodes"),
     "NaN": (plan_with(global_batch=float("nan")), "malformed"),
     "infinity": (plan_with(global_batch=float("inf")), "malformed"),

@@ -26,7 +26,7 @@ def efficiency(hardware: HardwareProfile, flops: float) -> float:
     for low, high in pairwise(points):
         if low.flops <= flops <= high.flops:
             position = math.log(flops / low.flops) / math.log(high.flops / low.flops)
-            return low.efficiency * (high.efficiency / low.efficiency) ** position
+            return float(low.efficiency * (high.efficiency / low.efficiency) ** position)
     return points[0].efficiency if flops < points[0].flops else points[-1].efficiency
 
 
@@ -111,7 +111,14 @@ def test_h100_all_reduce_equals_xla_table() -> None:
 
 @pytest.mark.parametrize(
     ("group", "size_mib", "measured_s"),
-    [(2, 256, 1.3887e-3), (2, 1024, 5.1594e-3), (4, 128, 1.0725e-3), (4, 256, 2.0709e-3), (8, 128, 1.2826e-3), (8, 512, 4.6768e-3)],
+    [
+        (2, 256, 1.3887e-3),
+        (2, 1024, 5.1594e-3),
+        (4, 128, 1.0725e-3),
+        (4, 256, 2.0709e-3),
+        (8, 128, 1.2826e-3),
+        (8, 512, 4.6768e-3),
+    ],
 )
 def test_a100_all_reduce_within_8_percent_of_measured(group: int, size_mib: int, measured_s: float) -> None:
     """Hetu-Galvatron's table (Apache-2.0, commit cea12ff), A100-class; below 128 MiB its 65 us per call dominate."""
@@ -119,7 +126,7 @@ def test_a100_all_reduce_within_8_percent_of_measured(group: int, size_mib: int,
 
 
 def test_a100_llama_layer_products_and_attention_fit_below_measured_forward() -> None:
-    """Hetu-Galvatron measured 3.859 ms per 2048-token sample for a Llama-2-7B layer; norms and the like need the rest."""
+    """Hetu-Galvatron measured 3.859 ms per 2048-token sample of a Llama-2-7B layer; norms and such need the rest."""
     hardware = load_hardware("a100-80g")
     samples, tokens, embed, mlp = 8, 2048, 4096, 11008
     products = 4 * matmul_s(hardware, 2 * samples * tokens * embed * embed)
@@ -139,7 +146,9 @@ def test_h100_llama_products_leave_room_in_maxtext_step() -> None:
     assert 0.55 * 0.721 < step_s < 0.80 * 0.721
 
 
-@pytest.mark.parametrize(("name", "usable_gib"), [("a100-40g", 36), ("a100-80g", 75), ("h100", 74), ("h200", 133), ("b200", 169)])
+@pytest.mark.parametrize(
+    ("name", "usable_gib"), [("a100-40g", 36), ("a100-80g", 75), ("h100", 74), ("h200", 133), ("b200", 169)]
+)
 def test_usable_memory_is_what_the_sources_add_up_to(name: str, usable_gib: int) -> None:
     hardware = load_hardware(name)
     assert (hardware.memory_bytes - hardware.reserved_bytes) / GIB == pytest.approx(usable_gib, abs=0.5)
@@ -207,3 +216,9 @@ def test_load_hardware_impossible_value_raises(tmp_path: Path, old: str, new: st
     path.write_text(text.replace(old, new))
     with pytest.raises(DocumentError, match=r"bad\.json"):
         load_hardware(path)
+
+
+def test_documentation_page_is_up_to_date() -> None:
+    from scripts.write_hardware_table import PAGE, page
+
+    assert PAGE.read_text() == page(), "run: python scripts/write_hardware_table.py"

@@ -17,7 +17,12 @@ def small_plan() -> Plan:
     )
     return Plan(
         model=ModelReference(
-            name="llama-test", structure="0123456789abcdef", dtype="bfloat16", seq=64, layer_count=6, parameter_count=1000
+            name="llama-test",
+            structure="0123456789abcdef",
+            dtype="bfloat16",
+            seq=64,
+            layer_count=6,
+            parameter_count=1000,
         ),
         cluster=Cluster(nodes=1, gpus_per_node=4),
         global_batch=32,
