@@ -22,6 +22,12 @@ gpus_per_node has one member per node (c = 1) and runs beside tp others, each wi
 have c shares, until the links inside the node, which all rings pass, are the bound. Chunks are pipelined through the
 hops, so the slower link decides and the two times do not add up.
 
+Checked on an unnamed A100-class cluster (2x8, all-reduce of 32 MiB; Hetu-Galvatron's allreduce_bandwidth file), with
+B_inter set from its c = 1 group, 8.13 MiB/ms of bus bandwidth: c = 2 measured 16.2, formula 16.2; c = 4: 20.8, 31.8
+(+53 %); c = 8: 44.7, 60.0 (+34 %). The eight c = 1 groups together carry 65 MiB/ms per node, yet one c = 8 group only
+45: at this size its rings do not fill the cards. Well-built fabrics reach the card sum at large sizes (nccl-tests issue
+100), so the formula stays, optimistic for small messages over several nodes. Measure where it matters: tables win.
+
 A table of the same kind, group size and place (inside a node or not) replaces the formula. Inside a node, a table of
 another group size is scaled by the ratio of the formulas. Limit: a table does not say how many members share a node.
 """

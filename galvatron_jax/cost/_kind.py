@@ -108,12 +108,16 @@ class Weights(NamedTuple):
     """Those with a dimension that dp divides (``plan.zero_dim``)."""
     whole: WeightBytes
     """The others: every data-parallel rank keeps all of them."""
+    replicated: WeightBytes
+    """What one device holds where zero does not shard: divided + whole."""
+    sharded: WeightBytes
+    """What one device holds where zero shards: divided / dp + whole."""
     arrays: int
-    """How many."""
+    """How many parameters there are."""
 
-    def held(self, sharded: bool, dp: int) -> WeightBytes:
-        """Return what one device holds of a tensor that is (not) sharded over ``dp``."""
-        return self.whole.plus(self.divided.scaled(1 / dp if sharded else 1))
+    def held(self, is_sharded: bool) -> WeightBytes:
+        """Return what one device holds."""
+        return self.sharded if is_sharded else self.replicated
 
 
 @remembered
@@ -160,7 +164,8 @@ def weigh(kind: LayerKind, tp: int, dp: int) -> Weights:
             whole = whole.plus(weight)
         else:
             divided = divided.plus(weight)
-    return Weights(divided, whole, len(kind.parameters))
+    sharded = divided.scaled(1 / dp).plus(whole)
+    return Weights(divided, whole, divided.plus(whole), sharded, len(kind.parameters))
 
 
 def array_bytes(kind: LayerKind, array: Array) -> LocalSum:

@@ -19,8 +19,11 @@ Live (only while the layer's backward pass runs, so a stage needs the largest of
       otherwise once, of those whose compute dtype is not their storage dtype
     + the layer's whole gradient in the compute dtype, before it is reduced or added to the accumulator
 
-Checked against XLA:GPU's own peaks in tests/cost (the 16-GPU table of the notes). Not included: what no array sees
-(CUDA context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
+Checked in tests/cost/test_memory.py against peaks of XLA:GPU programs for 16 H100 (12 plans). Not included: what no
+array sees (CUDA context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
+
+States, residuals and the live part are added although they do not peak at one instant: gradients grow while residuals
+go. Programs that scan over layers allocate both for the whole backward pass, so the sum is what they need.
 """
 
 from __future__ import annotations
@@ -41,13 +44,13 @@ def layer_memory(
     sums: KindSums, weights: Weights, strategy: Strategy, shares: Shares, training: Training
 ) -> dict[str, float]:
     """Return the bytes of one layer by category (residuals: of one microbatch)."""
-    zero, dp = strategy.zero, strategy.dp
+    zero = strategy.zero
     residuals = sums.residuals.at(shares)
-    live = sums.workspace.at(shares) + _weight_copies(weights, zero) + _whole_gradient(weights)
+    live = sums.workspace.at(shares) + _weight_copies(weights, zero) + weights.replicated.computed
     return {
-        "parameters": weights.held(zero >= 3, dp).stored,
-        "gradients": weights.held(zero >= 2, dp).stored,
-        "optimizer": weights.held(zero >= 1, dp).elements * training.state_bytes_per_parameter,
+        "parameters": weights.held(zero >= 3).stored,
+        "gradients": weights.held(zero >= 2).stored,
+        "optimizer": weights.held(zero >= 1).elements * training.state_bytes_per_parameter,
         "residuals": sums.stream_input.at(shares) + (residuals if strategy.remat == "none" else 0.0),
         "live": live + (residuals if strategy.remat == "full" else 0.0),
     }
@@ -75,9 +78,5 @@ def stage_memory(layers: Sequence[tuple[LayerCost, int]], in_flight: int, bounda
 
 def _weight_copies(weights: Weights, zero: int) -> float:
     if zero < 3:
-        return weights.whole.cast + weights.divided.cast
+        return weights.replicated.cast
     return weights.whole.cast + 2 * weights.divided.computed
-
-
-def _whole_gradient(weights: Weights) -> float:
-    return weights.whole.computed + weights.divided.computed

@@ -62,7 +62,7 @@ def weight_work(
     shares = Shares(1, 1, 1 / tp, 1.0)
     reduce_s = _reduction(kind, hardware, strategy, accumulates, gpus)
     group = device_group(dp, tp, gpus)
-    gradient, updated = weights.held(zero >= 2, dp), weights.held(zero >= 1, dp)
+    gradient, updated = weights.held(zero >= 2), weights.held(zero >= 1)
 
     def memory_bound(size_bytes: float) -> float:
         return traffic_seconds(size_bytes, weights.arrays, hardware)

@@ -97,22 +97,23 @@ def toy_hardware(**changes: object) -> HardwareProfile:
 
 def _block(sizes: dict[str, int], dtype: str) -> LayerKind:
     stream = Boundary(array=_array(dtype, STREAM), gradient=True, stream=True)
+    parameters = (
+        _parameter("attention_norm.scale", dtype, ("embed",)),
+        _parameter("attention.query", dtype, ("embed",), ("heads", "group"), ("head_dim",)),
+        _parameter("attention.key", dtype, ("embed",), ("heads",), ("head_dim",)),
+        _parameter("attention.value", dtype, ("embed",), ("heads",), ("head_dim",)),
+        _parameter("attention.output", dtype, ("heads", "group"), ("head_dim",), ("embed",)),
+        _parameter("mlp_norm.scale", dtype, ("embed",)),
+        _parameter("mlp.gate", dtype, ("embed",), ("mlp",)),
+        _parameter("mlp.up", dtype, ("embed",), ("mlp",)),
+        _parameter("mlp.down", dtype, ("mlp",), ("embed",)),
+    )
     return LayerKind(
         name="layers.*",
         classes=sizes,
-        parameters=(
-            _parameter("attention_norm.scale", dtype, ("embed",)),
-            _parameter("attention.query", dtype, ("embed",), ("heads", "group"), ("head_dim",)),
-            _parameter("attention.key", dtype, ("embed",), ("heads",), ("head_dim",)),
-            _parameter("attention.value", dtype, ("embed",), ("heads",), ("head_dim",)),
-            _parameter("attention.output", dtype, ("heads", "group"), ("head_dim",), ("embed",)),
-            _parameter("mlp_norm.scale", dtype, ("embed",)),
-            _parameter("mlp.gate", dtype, ("embed",), ("mlp",)),
-            _parameter("mlp.up", dtype, ("embed",), ("mlp",)),
-            _parameter("mlp.down", dtype, ("mlp",), ("embed",)),
-        ),
+        parameters=parameters,
         dots=_block_dots(dtype),
-        traffic=_block_traffic(dtype),
+        traffic=(*_block_traffic(dtype), *_casts(parameters, dtype)),
         inputs=(stream,),
         outputs=(stream,),
         residuals=(
@@ -185,6 +186,13 @@ def _block_traffic(dtype: str) -> tuple[Traffic, ...]:
     )
 
 
+def _casts(parameters: tuple[Parameter, ...], dtype: str) -> tuple[Traffic, ...]:
+    """Weights to the compute dtype (forward), their gradients back to the storage dtype (backward)."""
+    arrays = [parameter.array(cast) for parameter in parameters for cast in (parameter.dtype, dtype)]
+    phases: tuple[Phase, ...] = ("forward", "backward")
+    return tuple(Traffic(phase=phase, array=array) for phase in phases for array in arrays)
+
+
 def _embed(sizes: dict[str, int], dtype: str) -> LayerKind:
     return LayerKind(
         name="embed",
@@ -216,11 +224,12 @@ def _embed(sizes: dict[str, int], dtype: str) -> LayerKind:
 
 
 def _head(sizes: dict[str, int], dtype: str) -> LayerKind:
+    parameters = (_parameter("norm.scale", dtype, ("embed",)), _parameter("kernel", dtype, ("embed",), ("vocab",)))
     loss = Collective(phase="forward", kind="all-reduce", array=_array("float32", TOKENS, count=3), merged_count=3)
     return LayerKind(
         name="head",
         classes=sizes,
-        parameters=(_parameter("norm.scale", dtype, ("embed",)), _parameter("kernel", dtype, ("embed",), ("vocab",))),
+        parameters=parameters,
         dots=(
             Dot(phase="forward", dtype=dtype, classes=("batch", "seq", "embed", "vocab")),
             Dot(phase="backward", dtype=dtype, classes=("batch", "seq", "embed", "vocab"), count=2),
@@ -230,6 +239,7 @@ def _head(sizes: dict[str, int], dtype: str) -> LayerKind:
             Traffic(phase="forward", array=_array(dtype, LOGITS, count=2)),
             Traffic(phase="backward", array=_array(dtype, STREAM, count=3)),
             Traffic(phase="backward", array=_array(dtype, LOGITS, count=2)),
+            *_casts(parameters, dtype),
         ),
         inputs=(
             Boundary(array=_array(dtype, STREAM), gradient=True, stream=True),
