@@ -20,16 +20,17 @@ def load_model_profile(name_or_path: str | Path) -> ModelProfile:
     """Return the profile of a preset, or the one in a file.
 
     Args:
-        name_or_path: A preset such as ``"llama2-7b"`` (case does not matter), or the path of a profile file: anything
-            with a folder in it or a name that ends in ``.json``.
+        name_or_path: A preset such as ``"llama2-7b"`` (case does not matter), or a path; a ``Path``, text with a path
+            separator or ending in ``.json`` is a path.
 
     Raises:
         DocumentNotFoundError: there is no such preset or file.
         DocumentError: the file is not a valid model profile.
     """
-    path, name = Path(name_or_path), str(name_or_path).strip().lower()
-    if len(path.parts) > 1 or path.suffix == ".json":
-        return load(path, ModelProfile)
+    text = str(name_or_path)
+    if isinstance(name_or_path, Path) or "/" in text or text.lower().endswith(".json"):
+        return load(name_or_path, ModelProfile)
+    name = text.strip().lower()
     if name not in model_profile_names():
-        raise unknown_name("stored profile of model", str(name_or_path), model_profile_names())
+        raise unknown_name("stored profile of model", text, model_profile_names())
     return load(_FOLDER / f"{name}.json", ModelProfile)

@@ -8,8 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from galvatron_jax.errors import AnalysisError
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
@@ -66,12 +65,12 @@ def test_cross_entropy_keeps_logits_and_one_number_per_position() -> None:
 def test_cross_entropy_sharded_vocabulary_is_never_gathered() -> None:
     mesh = Mesh(np.array(jax.devices()[:8]), ("tp",))
     logits_BSV, targets_BS = logits_and_targets()
-    sharded_BSV = jax.device_put(logits_BSV, NamedSharding(mesh, P(None, None, "tp")))
-    whole = NamedSharding(mesh, P())
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((None, None, "tp"), ()))
+    sharded_BSV = jax.device_put(logits_BSV, split)
 
     step = jax.jit(
         jax.value_and_grad(lambda z, t: cross_entropy(z, t).mean()),
-        out_shardings=(whole, NamedSharding(mesh, P(None, None, "tp"))),
+        out_shardings=(whole, split),
     )
     compiled = step.lower(sharded_BSV, jax.device_put(targets_BS, whole)).compile()
     text = compiled.as_text()
