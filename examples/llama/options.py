@@ -103,7 +103,7 @@ def _agreed(flag: str, given: int | None, planned: int | None, default: int) -> 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.llama.train", description="Train a Llama on text as bytes, sharded by a plan."
+        prog="python examples/llama/train.py", description="Train a Llama on text as bytes, sharded by a plan."
     )
     add = parser.add_argument
     add("--model", help=f"{', '.join(model_names())} (default: the plan's, or {DEFAULT_MODEL})")

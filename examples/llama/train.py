@@ -1,9 +1,7 @@
 """Train a Llama on real text, spread over all devices by a plan.
 
-From the root of the repository:
-
-    python -m examples.llama.train
-    python -m examples.llama.train --plan configs/llama_tiny.json --steps 100
+    python examples/llama/train.py
+    python examples/llama/train.py --plan configs/llama_tiny.json --steps 100
 
 This file only reads the command line and prepares the environment; ``training.py`` is the example.
 """
@@ -13,10 +11,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from galvatron_jax.errors import GalvatronError
+if not __package__:
+    # Started by its path: Python then knows this folder, but not the repository, where the imports begin.
+    sys.path[0] = str(Path(__file__).parents[2])
 
-from .options import device_environment, parse_options
+from examples.llama.options import device_environment, parse_options  # noqa: E402
+from galvatron_jax.errors import GalvatronError  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parse_options(arguments)
         os.environ.update(device_environment(options, os.environ))
         # Not at the top: JAX reads its environment when it is imported.
-        from .training import train
+        from examples.llama.training import train
 
         train(options)
     except GalvatronError as error:

@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run_module(*arguments: str, timeout_s: float = 500) -> str:
-    """Return stdout of ``python -m arguments``, run in the root of the repository."""
+def run_python(*arguments: str, timeout_s: float = 500) -> str:
+    """Return stdout of ``python arguments``, run in the root of the repository."""
     result = subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -26,10 +26,15 @@ def table(output: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"^ +(\d+) +(\d+\.\d{4}) ", output, re.MULTILINE)}
 
 
+@pytest.mark.parametrize("start", [("examples/llama/train.py",), ("-m", "examples.llama.train")])
+def test_train_starts_by_path_and_as_module(start: tuple[str, ...]) -> None:
+    assert "--global-batch" in run_python(*start, "--help")
+
+
 @pytest.mark.slow
 @pytest.mark.multidevice
 def test_train_tiny_llama_on_8_virtual_devices_lowers_the_loss() -> None:
-    output = run_module("examples.llama.train", "--steps", "30", "--devices", "8")
+    output = run_python("examples/llama/train.py", "--steps", "30", "--devices", "8")
     losses = table(output)
     held_out = re.search(r"held out +loss (\d+\.\d+)", output)
     assert held_out
@@ -46,8 +51,8 @@ def test_train_tiny_llama_on_8_virtual_devices_lowers_the_loss() -> None:
 def test_train_with_a_searched_plan_follows_it(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     search = ["--mesh", "1x8", "--gpu", "cpu", "--model", "llama-tiny", "--seq", "128", "--global-batch", "32"]
-    run_module("galvatron_jax.search", *search, "--no-pp", "--out", str(plan))
-    output = run_module("examples.llama.train", "--plan", str(plan), "--steps", "10", "--devices", "8")
+    run_python("-m", "galvatron_jax.search", *search, "--no-pp", "--out", str(plan))
+    output = run_python("examples/llama/train.py", "--plan", str(plan), "--steps", "10", "--devices", "8")
     losses = table(output)
     assert f"read from {plan}" in output
     assert "8 devices (1x8), 1 stage, batch 32" in output
