@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -68,13 +69,14 @@ def test_source_file_and_its_functions_are_small(path: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_holds_the_package_its_data_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    source = tmp_path / "source"  # a copy: a build leaves files behind
+    shutil.copytree(PACKAGE, source / "galvatron_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "search", "profilers"):
+        shutil.copy2(ROOT / name, source / name, follow_symlinks=False)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
+
     (wheel,) = tmp_path.glob("galvatron_jax-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"galvatron_jax"}
-    wanted = {"galvatron_jax/py.typed", "galvatron_jax/search/__init__.py"}
-    wanted |= {f"galvatron_jax/hardware/{path.name}" for path in (PACKAGE / "hardware").glob("*.json")}
-    wanted |= {f"galvatron_jax/models/profiles/{path.name}" for path in (PACKAGE / "models/profiles").glob("*.json")}
-    assert wanted <= set(names)
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    files = {path for path in (source / "galvatron_jax").rglob("*") if path.suffix in (".py", ".json", ".typed")}
+    assert names == {str(path.relative_to(source)) for path in files}
