@@ -28,6 +28,7 @@ def remembered(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def lookup(*args: P.args, **kwargs: P.kwargs) -> R:
+        assert not kwargs, "keyword arguments are not part of the key"
         key = tuple([id(arg) if isinstance(arg, _DOCUMENTS) else arg for arg in args])
         entry = held.get(key)
         if entry is None:
