@@ -19,6 +19,8 @@ from .options import Options
 from .report import StepLog, describe_plan, describe_start
 
 HELD_OUT_BATCHES = 4
+ADAMW = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
+"""As Llama 2 (Touvron et al. 2023, arXiv:2307.09288, section 2.2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +41,7 @@ def shard(options: Options) -> Any:
     return auto_shard(
         lambda: Llama(options.config, rngs=nnx.Rngs(options.seed)),
         loss=next_token_loss,
-        optimizer=optax.adamw(schedule),
+        optimizer=optax.adamw(schedule, **ADAMW),
         plan=options.plan,
     )
 
