@@ -19,8 +19,6 @@ from .options import Options
 from .report import StepLog, describe_plan, describe_start
 
 HELD_OUT_BATCHES = 4
-ADAMW = {"b1": 0.9, "b2": 0.95, "weight_decay": 0.1}
-"""As Llama 2 (Touvron et al. 2023, arXiv:2307.09288, section 2.2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +36,12 @@ def shard(options: Options) -> Any:
     """Return the model, ready to train on all devices: nothing is computed before the first step."""
     warmup, peak = max(1, options.steps // 10), options.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, max(options.steps, warmup + 1))
+    # Decay rates as Llama 2 (Touvron et al. 2023, arXiv:2307.09288, section 2.2).
+    optimizer = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1)
     return auto_shard(
         lambda: Llama(options.config, rngs=nnx.Rngs(options.seed)),
         loss=next_token_loss,
-        optimizer=optax.adamw(schedule, **ADAMW),
+        optimizer=optimizer,
         plan=options.plan,
     )
 
