@@ -1,8 +1,16 @@
 """Analysis: the user's loss function becomes layers, shardable dimensions, candidates and quantities. No devices."""
 
 from . import _rules as _rules  # registers the dimension rules
+from . import _rules_parts as _rules_parts
+from ._cut import Segment as Segment
 from ._dimensions import Rule as Rule
+from ._dimensions import Value as Value
 from ._dimensions import register_rule as register_rule
+from ._flatten import Variable as Variable
+from ._jaxpr import run_equation as run_equation
+from ._marks import Loss as Loss
+from ._primitives import is_kept as is_kept
+from ._primitives import is_kernel_name as is_kernel_name
+from ._profile import AnalysedKind as AnalysedKind
 from ._profile import Analysis as Analysis
 from ._profile import analyse_model as analyse_model
-from ._fusion import is_kept as is_kept

@@ -1,10 +1,10 @@
 """Tensor-parallel candidates: class sets which, sharded together, divide the layer's work with the fewest bytes moved.
 
 A set is legal when no operation holds two of its classes (a mesh axis can shard one dimension of an array only), no
-operation needs one of them whole, none of them is a class of the stream, and each stands first in its dimension of every
-parameter (a ``NamedSharding`` cannot name a minor part of a dimension). Sets are ranked by the share of matmul FLOPs
-they divide, then by the bytes of their collectives. Megatron's choice for a Llama block, {kv heads, mlp}, is the best
-set: it is derived here, not written down.
+operation needs one of them whole, none of them is a class of the stream, and each stands first in its dimension of
+every parameter (a ``NamedSharding`` cannot name a minor part of a dimension). Sets are ranked by the share of matmul
+FLOPs they divide, then by the bytes of their collectives. Megatron's choice for a Llama block, {kv heads, mlp}, is the
+best set: it is derived here, not written down.
 """
 
 from __future__ import annotations

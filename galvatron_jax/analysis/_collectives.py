@@ -23,7 +23,7 @@ from ..profile import CollectiveKind, Phase
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
 
-_LINEAR = frozenset("convert_element_type reshape transpose squeeze expand_dims neg copy".split())
+_LINEAR = frozenset("convert_element_type copy expand_dims neg reduce_sum reshape squeeze transpose".split())
 """A sum may move behind these."""
 
 

@@ -95,7 +95,8 @@ def _sibling_groups(equations: Sequence[Equation]) -> dict[str, list[_Call]]:
     """Group module calls by path pattern; keep groups of two or more numbered calls that do real work."""
     calls: dict[tuple[str, str], _Call] = {}
     for position, equation in enumerate(equations):
-        flops, outer = matmul_flops(equation), ()
+        flops = matmul_flops(equation)
+        outer: tuple[str, ...] = ()
         for mark in MARK.finditer(equation.scope):
             call = calls.setdefault((mark[1], mark[2]), _Call(mark[1], position, position, 0, outer))
             call.last, call.flops = position, call.flops + flops
@@ -137,10 +138,11 @@ def matmul_flops(equation: Equation) -> int:
         return 0
     (contracted, _), _ = equation.eqn.params["dimension_numbers"]
     flops = 2
+    left = abstract(equation.inputs[0].aval)
     for size in equation.outputs[0].aval.shape:
         flops *= size
     for dim in contracted:
-        flops *= equation.inputs[0].aval.shape[dim]
+        flops *= left.shape[dim]
     return flops
 
 
@@ -226,4 +228,3 @@ def _rebuild(equations: Sequence[Equation], inputs: list[Variable], outputs: lis
 def _inner_scope(scope: str) -> str:
     """Scope text of an equation as the name of one scope (kept for attention marks and error messages)."""
     return scope.strip("/") or "top"
-

@@ -123,6 +123,11 @@ def analyse_dimensions(closed: ClosedJaxpr) -> Dimensions:
     return Dimensions(walk.factors, walk.ops, inputs, outputs, walk.unknown)
 
 
+def copy_dims(value: Value) -> list[Dim]:
+    """Return the dims of ``value`` for a result with the same layout."""
+    return [list(dim) for dim in value.dims]
+
+
 class Walk:
     """Runs the rules over a program and, through control-flow rules, over its inner programs."""
 

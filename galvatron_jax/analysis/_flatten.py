@@ -125,9 +125,7 @@ class _Builder:
             environment.update(zip(eqn.outvars, outputs, strict=True))
         return [read(v) for v in jaxpr.outvars]
 
-    def _equation(
-        self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]
-    ) -> Sequence[Atom]:
+    def _equation(self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]) -> Sequence[Atom]:
         if self.descend(eqn):
             if eqn.primitive.name == "scan":
                 return self._unroll(eqn, inputs, scope, rename)
@@ -137,9 +135,7 @@ class _Builder:
         self.equations.append(Equation(eqn, inputs, outputs, scope))
         return outputs
 
-    def _unroll(
-        self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]
-    ) -> list[Atom]:
+    def _unroll(self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]) -> list[Atom]:
         """Write a scan over layers as its iterations; slices and stacks are ordinary equations."""
         params = eqn.params
         fixed, carried, length = params["num_consts"], params["num_carry"], params["length"]

@@ -13,21 +13,7 @@ from collections.abc import Iterable
 from ..profile import Phase
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
-from ._rules import ELEMENTWISE, RANDOM
-
-KERNELS = frozenset(
-    """dot_general conv_general_dilated ragged_dot_general gather scatter scatter-add scatter-mul scatter-min scatter-max
-    sort top_k cumsum cumprod cummax cummin cumlogsumexp scan while cond rng_bit_generator""".split()
-)
-"""Primitives that end a fusion."""
-
-FUSED = frozenset(
-    """broadcast_in_dim iota slice split concatenate pad dynamic_slice rev select_and_scatter_add device_put""".split()
-)
-"""Primitives besides elementwise ones and views that fused kernels take in."""
-
-VIEWS = frozenset("reshape squeeze expand_dims transpose copy stop_gradient optimization_barrier name".split())
-"""Primitives whose result is the operand seen in another way."""
+from ._primitives import VIEWS, is_kept, is_kernel_name
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,18 +119,9 @@ class Fusion:
         return {key: find(key) for key in parent}
 
 
-def is_kept(primitive: str) -> bool:
-    """Tell whether results of ``primitive`` are kept for the backward pass under remat ``none``.
-
-    Everything but elementwise operations, views and data movement: those are made again inside fused kernels for less
-    than it costs to store and load them. Unknown primitives are kept (a custom kernel is expensive).
-    """
-    return not (primitive in ELEMENTWISE or primitive in VIEWS or primitive in FUSED or primitive in RANDOM)
-
-
 def is_kernel(op: Op) -> bool:
     """Tell whether ``op`` is a kernel of its own."""
-    return op.name in KERNELS or op.inner
+    return is_kernel_name(op.name) or op.inner
 
 
 def unique(values: Iterable[Value]) -> list[Value]:

@@ -163,4 +163,3 @@ def _live_ops(dimensions: Dimensions) -> list[Op]:
             needed.update(id(v) for v in op.inputs)
             live.append(op)
     return live[::-1]
-

@@ -23,8 +23,11 @@ from jax.extend.core import ClosedJaxpr
 from ..errors import AnalysisError
 from ._jaxpr import abstract
 
-ATTENTION = "attention@"
-"""Scope text around an attention call; ``attention@causal`` when it is causal."""
+ATTENTION = "sdpa@"
+"""Scope text around an attention call; ``sdpa@causal`` when it is causal."""
+
+PATH_ATTRIBUTE = "_galvatron_path"
+"""Static attribute that names a module of the private copy."""
 
 Loss = Callable[[Any, Any], Any]
 """``loss(model, batch) -> scalar`` (or a tuple whose first entry is the scalar)."""
@@ -83,8 +86,8 @@ def trace_loss(model: nnx.Module, loss: Loss, batch: Any) -> Trace:
         AnalysisError: the loss cannot be traced, or does not return a scalar.
     """
     marked, classes = _marked_copy(model)
-    graph, parameters, state = nnx.split(marked, nnx.Param, ...)
-    clean_graph, _, _ = nnx.split(model, nnx.Param, ...)
+    graph, parameters, state = split_parameters(marked)
+    clean_graph, _, _ = split_parameters(model)
     parameters, state, batch = jax.tree.map(abstract, (parameters, state, batch))
 
     def run(parameters: Any, state: Any, batch: Any) -> Any:
@@ -111,13 +114,19 @@ def trace_loss(model: nnx.Module, loss: Loss, batch: Any) -> Trace:
     return Trace(program, clean_graph, parameters, state, batch, paths)
 
 
+def split_parameters(model: nnx.Module) -> tuple[Any, Any, Any]:
+    """Return (graph definition, trained leaves, all other leaves) of a module."""
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types its variadic result
+    return graph, parameters, rest
+
+
 def _marked_copy(model: nnx.Module) -> tuple[nnx.Module, set[type]]:
     copy = nnx.merge(*nnx.split(model))
     classes: set[type] = set()
     for path, node in nnx.iter_graph(copy):
         if isinstance(node, nnx.Module) and path:
             classes.update(c for c in type(node).__mro__ if "__call__" in c.__dict__ and c is not nnx.Module)
-            node._galvatron_path = ".".join(map(str, path))
+            setattr(node, PATH_ATTRIBUTE, ".".join(map(str, path)))
     return copy, classes
 
 
@@ -129,7 +138,7 @@ def _scoped_calls(classes: set[type]) -> Iterator[None]:
 
     def scoped(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            path = getattr(self, "_galvatron_path", None)
+            path = getattr(self, PATH_ATTRIBUTE, None)
             if path is None:
                 return original(self, *args, **kwargs)
             with jax.named_scope(f"mark@{path}@{next(numbers)}@"):

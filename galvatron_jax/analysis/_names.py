@@ -43,7 +43,7 @@ def name_classes(layer: Layer, given: Given) -> Names:
 
 
 def _name_stream(layer: Layer, names: Names) -> None:
-    """Dimension 1 of a rank-3 value that carries the batch is ``seq``, the last one ``embed``, where nothing is known."""
+    """Name the unknown dimensions of rank-3 values that carry the batch: 1 is ``seq``, the last one ``embed``."""
     carriers = [*layer.outputs, *(layer.inputs[i] for i in layer.differentiated if i not in layer.parameters)]
     for value in carriers:
         dims = layer.dimensions.classes(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,13 @@ import jax
 import msgspec
 
 from ..profile import BATCH, SEQ, Candidate, LayerKind, LayerRun, ModelProfile
-from ._candidates import class_sets
+from ._candidates import class_sets, stream_classes
 from ._collectives import data_collectives
 from ._cut import Cut, Segment, cut_layers
 from ._flatten import Variable, flatten, holds_marks
 from ._jaxpr import is_differentiable
 from ._layer import Layer, analyse_layer
-from ._marks import Loss, Trace, abstract_model, trace_loss
+from ._marks import ATTENTION, Loss, Trace, abstract_model, trace_loss
 from ._names import Names, name_classes
 from ._quantities import Quantities
 
@@ -34,6 +35,11 @@ class AnalysedKind:
     profile: LayerKind
     tensor_classes: frozenset[int]
     """Classes of the best candidate (empty when there is none)."""
+
+    @functools.cached_property
+    def stream_classes(self) -> frozenset[int]:
+        """Classes of the values that flow from layer to layer."""
+        return stream_classes(self.layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +142,7 @@ def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, An
         seq=max((kind.classes.get(SEQ, 1) for kind in profiles), default=1),
         layers=tuple(runs),
         kinds=profiles,
-        causal_attention=any("attention@causal" in op.scope for k in kinds.values() for op in k.layer.ops),
+        causal_attention=any(ATTENTION + "causal" in op.scope for k in kinds.values() for op in k.layer.ops),
     )
 
 
@@ -159,9 +165,9 @@ def _batch_names(trace: Trace, cut: Cut) -> VariableNames:
     leaves = len(jax.tree.leaves(trace.batch))
     names: VariableNames = {}
     for variable in cut.source.inputs[-leaves:] if leaves else []:
-        rank = len(variable.aval.shape)
-        dims: list[list[str | None]] = [[BATCH], [SEQ], [None]][:rank] if rank <= 3 else [[BATCH]] + [[None]] * (rank - 1)
-        names[variable] = [dim if size > 1 else [] for dim, size in zip(dims, variable.aval.shape, strict=True)]
+        shape = variable.aval.shape
+        known: list[str | None] = [BATCH, SEQ if len(shape) <= 3 else None, *[None] * len(shape)]
+        names[variable] = [[name] if size > 1 else [] for name, size in zip(known, shape, strict=False)]
     return names
 
 
@@ -189,7 +195,10 @@ def _structure(runs: Sequence[LayerRun], kinds: Sequence[LayerKind]) -> str:
     text = [f"{run.count}x{run.kind}" for run in runs]
     for kind in kinds:
         sizes = {n: size for n, size in kind.classes.items() if n not in (BATCH, SEQ)}
-        dims = [(p.path, [[sizes.get(f, f) if isinstance(f, str) else f for f in dim] for dim in p.dims]) for p in kind.parameters]
+        dims = [
+            (p.path, [[sizes.get(f, f) if isinstance(f, str) else f for f in dim] for dim in p.dims])
+            for p in kind.parameters
+        ]
         text.append(f"{kind.name}{dims}{[candidate.classes for candidate in kind.candidates]}")
     return hashlib.sha256("|".join(text).encode()).hexdigest()[:16]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -62,7 +62,7 @@ class Quantities:
         """Return what the forward pass keeps for the backward pass under remat ``none``.
 
         Results of kernels and of reductions are kept; values that fused kernels made from them are made again by the
-        fused kernels of the backward pass (``is_kept`` in ``_fusion`` is the rule, the runtime's policy is the same one).
+        fused kernels of the backward pass (``is_kept`` is the rule, for the runtime's policy too).
         Left out are values made from parameters alone (casts, gathered copies) and constants (masks, rotary tables).
         """
         return self.arrays(self._kept())
@@ -214,5 +214,5 @@ def _is_float(value: Value) -> bool:
     return "float" in value.dtype and len(value.shape) > 0
 
 
-def _bytes(values: Iterable[Value], inside: object, wanted: bool) -> int:
-    return sum(v.bytes for v in values if inside(v) is wanted)  # type: ignore[operator]
+def _bytes(values: Iterable[Value], inside: Callable[[Value], bool], wanted: bool) -> int:
+    return sum(v.bytes for v in values if inside(v) is wanted)

@@ -1,0 +1,47 @@
+"""Families of JAX primitives: what they compute decides what a compiler fuses and what the runtime keeps."""
+
+from __future__ import annotations
+
+ELEMENTWISE = frozenset(
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
+    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma
+    population_count pow pvary real reduce_precision rem round rsqrt select_n sharding_constraint shift_left
+    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+)
+"""They work element by element (size-1 dimensions broadcast)."""
+
+REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
+"""They combine all elements along their ``axes``."""
+
+RANDOM = frozenset(
+    """create_token iota random_bits random_clone random_fold_in random_seed random_split random_unwrap random_wrap
+    rng_bit_generator rng_uniform threefry2x32""".split()
+)
+"""Their results depend on no operand's layout (partitionable threefry)."""
+
+KERNELS = frozenset(
+    """cond conv_general_dilated cumlogsumexp cummax cummin cumprod cumsum dot_general gather ragged_dot_general
+    rng_bit_generator scan scatter scatter-add scatter-max scatter-min scatter-mul sort top_k while""".split()
+)
+"""They end a fusion: operands and results are written to memory."""
+
+VIEWS = frozenset("copy expand_dims name optimization_barrier reshape squeeze stop_gradient transpose".split())
+"""Their result is the operand seen in another way."""
+
+MOVES = frozenset("broadcast_in_dim concatenate device_put dynamic_slice pad rev slice split".split())
+"""They move data; fused kernels take them in."""
+
+
+def is_kernel_name(primitive: str) -> bool:
+    """Tell whether ``primitive`` ends a fusion: its operands and results are written to memory."""
+    return primitive in KERNELS
+
+
+def is_kept(primitive: str) -> bool:
+    """Tell whether results of ``primitive`` are kept for the backward pass under remat ``none``.
+
+    Everything but elementwise operations, views and data movement: those are made again inside fused kernels for less
+    than it costs to store and load them. Unknown primitives are kept (a custom kernel is expensive).
+    """
+    return not any(primitive in family for family in (ELEMENTWISE, VIEWS, MOVES, RANDOM))

@@ -1,0 +1,9 @@
+"""Runtime: a plan becomes shardings and compiled programs on the devices of a cluster."""
+
+from ._layout import LayerLayout as LayerLayout
+from ._mesh import StageMesh as StageMesh
+from ._mesh import stage_mesh as stage_mesh
+from ._model import PlannedModel as PlannedModel
+from ._model import plan_model as plan_model
+from ._step import StagePrograms as StagePrograms
+from ._step import TrainState as TrainState

@@ -1,0 +1,87 @@
+"""Run one segment of the user's program under a layout: constrain, gather, rematerialise.
+
+The segment's own equations are run again, with sharding constraints on the results of kernels (matrix products and
+lookups) and, under sequence parallelism, on the sums and products of the stream: XLA's propagation fills in the rest.
+Parameters are cast to their compute dtype, then gathered, *inside* the rematerialised function and under a name that no
+policy keeps, so neither casts nor gathered weights live from the forward to the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Literal
+
+from ..analysis import is_kept, is_kernel_name, run_equation
+from ._layout import LayerLayout
+
+WEIGHTS = "galvatron_weights"
+"""Name of parameters as a layer uses them: cast and gathered."""
+
+_STREAM_PRIMITIVES = frozenset(("add", "mul"))
+"""Under sequence parallelism residual adds and norm products are constrained too."""
+
+SegmentFunction = Callable[[Sequence[Any]], list[Any]]
+"""From the segment's inputs to its outputs."""
+
+
+def build_segment(layout: LayerLayout) -> SegmentFunction:
+    """Return the segment of ``layout.kind`` as a function under the layout's strategy."""
+
+    def run(inputs: Sequence[Any]) -> list[Any]:
+        return _run_equations(layout, _place_inputs(layout, inputs))
+
+    if layout.strategy.remat == "full":
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.nothing_saveable)
+    return jax.checkpoint(run, policy=_keep_kernel_results)
+
+
+def _keep_kernel_results(primitive: Any, *_: Any, **params: Any) -> bool:
+    """Policy of remat ``none``: no kernel runs twice, fused elementwise work does (see ``analysis.is_kept``)."""
+    return is_kept(str(primitive.name))
+
+
+def _place_inputs(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
+    layer, placed = layout.kind.layer, list(inputs)
+    for position, index in enumerate(layer.parameters):
+        dtype = layout.kind.profile.parameters[position].compute_dtype
+        weight = placed[index].astype(dtype) if str(placed[index].dtype) != dtype else placed[index]
+        weight = jax.lax.with_sharding_constraint(weight, layout.value(layer.inputs[index]))
+        placed[index] = checkpoint_name(weight, WEIGHTS)
+    for index, value in enumerate(layer.inputs):
+        if index not in layer.parameters and _is_array(placed[index]):
+            placed[index] = jax.lax.with_sharding_constraint(placed[index], layout.value(value))
+    return placed
+
+
+def _run_equations(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
+    layer = layout.kind.layer
+    program, values = layer.forward, layer.forward_values
+    environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else environment[atom]
+
+    for equation in program.equations:
+        arguments = [read(v) for v in equation.inputs]
+        results = run_equation(equation.eqn, arguments)
+        for variable, result in zip(equation.outputs, results, strict=True):
+            value = values[variable]
+            if result.ndim and _is_constrained(layout, equation.name, layout.is_stream(value)):
+                result = jax.lax.with_sharding_constraint(result, layout.value(value))
+            environment[variable] = result
+    return [read(v) for v in program.outputs]
+
+
+def _is_constrained(layout: LayerLayout, primitive: str, stream: bool) -> bool:
+    if layout.stage.mesh.size == 1:
+        return False
+    return is_kernel_name(primitive) or (layout.strategy.sp and stream and primitive in _STREAM_PRIMITIVES)
+
+
+def _is_array(value: Any) -> bool:
+    return value.ndim > 0 and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
