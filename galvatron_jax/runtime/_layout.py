@@ -2,8 +2,8 @@
 
 Compute layout of a value, dimension by dimension: ``batch`` over the data axes; a class of the tensor candidate over
 the tensor axes; under sequence parallelism ``seq`` over the tensor axes where the value is stream-like (it carries
-every class of the stream and no tensor class). Parameters have three more places to be: *stored* (zero 3 shards them over the
-data axes), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension that ``plan.zero_dim`` names.
+every class of the stream and no tensor class). Parameters have three more places to be: *stored* (zero 3 shards them
+over the data axes), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names.
 """
 
 from __future__ import annotations
