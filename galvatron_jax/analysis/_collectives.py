@@ -5,7 +5,7 @@ Rules (``A``: the classes sharded over the tensor axes; both passes are explicit
 * an operation that sums over a class of ``A`` leaves partial results: all-reduce of its result;
 * with sequence parallelism, a value that carries the whole stream (batch, seq, embed) and no class of ``A`` is sharded
   along ``seq``: the all-reduce becomes a reduce-scatter, and a product of such a value with an operand sharded over
-  ``A`` gathers it first (once for all its readers);
+  ``A`` gathers it first: once in each pass for all its readers, since gathered copies are not kept in between;
 * a sum over ``seq`` of such a value (the gradient of a norm's weight) is an all-reduce of its small result;
 * sharding ``batch``: every sum over it is an all-reduce; those that end in parameter gradients are left to the caller,
   who knows the ZeRO level.
@@ -60,7 +60,7 @@ def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozense
         stream: All classes of the stream.
         seq: The sequence class.
     """
-    again, found, gathered = recomputed_ops(layer), [], set()
+    again, found = recomputed_ops(layer), _gathers(layer, sharded, stream)
     for op in layer.ops:
         out = op.outputs[0]
         if layer.contracted(op) & sharded:
@@ -68,13 +68,26 @@ def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozense
             found.append(_predict(layer, op, kind, out, again))
         elif seq in layer.contracted(op) and not op.flops and not layer.classes(op.inputs[0]) & sharded:
             found.append(_predict(layer, op, "all-reduce", out, again))
+    return found
+
+
+def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> list[Predicted]:
+    """Gather sharded-along-``seq`` operands of products over ``sharded``, once in each pass.
+
+    What the backward pass gathers again need not be gathered by a recomputed forward pass too.
+    """
+    found: dict[tuple[Phase, int], tuple[Op, Value]] = {}
+    for op in layer.ops:
         if op.flops and any(layer.classes(v) & sharded for v in op.inputs):
             for value in op.inputs:
-                whole = _behind_views(layer, value)
-                if stream <= layer.classes(value) and not layer.classes(value) & sharded and id(whole) not in gathered:
-                    gathered.add(id(whole))
-                    found.append(_predict(layer, op, "all-gather", whole, again, root=id(whole)))
-    return found
+                if stream <= layer.classes(value) and not layer.classes(value) & sharded:
+                    whole = _behind_views(layer, value)
+                    found.setdefault((phase_of(op), id(whole)), (op, whole))
+    again = {id(op) for (_, key), (op, _) in found.items() if ("backward", key) not in found} & recomputed_ops(layer)
+    return [
+        _predict(layer, op, "all-gather", whole, again, root=hash((phase, key)))
+        for (phase, key), (op, whole) in found.items()
+    ]
 
 
 def data_collectives(layer: Layer, batch: int) -> list[Predicted]:

@@ -70,8 +70,9 @@ def _convolution(rule: Rule) -> list[list[Dim]]:
     else:
         rule.op.needs_whole(image, image.dims[numbers.lhs_spec[1]])
         rule.factors.block(dims[numbers.out_spec[1]])
-    for out, into in zip(numbers.out_spec[2:], numbers.lhs_spec[2:], strict=True):
+    for out, into, window in zip(numbers.out_spec[2:], numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True):
         rule.op.needs_whole(image, image.dims[into])
+        rule.op.needs_whole(kernel, kernel.dims[window])
         dims[out] = rule.factors.new(aval.shape[out], blocked=True)
     rule.op.flops = 2 * math.prod(aval.shape) * math.prod(kernel.shape) // max(1, kernel.shape[numbers.rhs_spec[0]])
     return [dims]

@@ -95,7 +95,7 @@ def _pad(rule: Rule) -> list[list[Dim]]:
         zip(rule.results[0].shape, rule.params["padding_config"], strict=True)
     ):
         part = value.shape[axis]
-        if size == part and low == 0:
+        if size == part and low == 0 and not interior:
             dims.append(list(value.dims[axis]))
         elif part > 1 and size % part == 0 and low % part == 0 and not interior:
             dims.append(rule.factors.new(size // part, blocked=True) + list(value.dims[axis]))

@@ -33,9 +33,11 @@ class LayerLayout:
     strategy: Strategy
     stage: StageMesh
 
-    def value(self, value: Value) -> NamedSharding:
-        """Return the compute layout of a value of the layer."""
-        return self.stage.sharding(PartitionSpec(*[_entry(axes) for axes in self._axes_by_dim(value)]))
+    def value(self, value: Value, *, sequence: bool = True) -> NamedSharding:
+        """Return the compute layout of a value of the layer; without ``sequence``, as if there were no sp."""
+        return self.stage.sharding(
+            PartitionSpec(*[_entry(axes) for axes in self._axes_by_dim(value, sequence=sequence)])
+        )
 
     def stored(self, index: int, role: Role) -> NamedSharding:
         """Return where a parameter, its gradient or its optimizer state lives between uses.
@@ -76,14 +78,14 @@ class LayerLayout:
             axes[names[BATCH]] = self.stage.data_axes(self.strategy)
         return axes
 
-    def _axes_by_dim(self, value: Value) -> list[Axes]:
-        sequence = self.stage.sequence_axes(self.strategy) if self.is_stream(value) else ()
+    def _axes_by_dim(self, value: Value, *, sequence: bool = True) -> list[Axes]:
+        seq_axes = self.stage.sequence_axes(self.strategy) if sequence and self.is_stream(value) else ()
         used: set[str] = set()
         dims = []
         for dim in self.kind.layer.dimensions.classes(value):
             axes: Axes = ()
             if dim:
-                axes = sequence if self.kind.names.get(dim[0]) == SEQ else self._class_axes.get(dim[0], ())
+                axes = seq_axes if self.kind.names.get(dim[0]) == SEQ else self._class_axes.get(dim[0], ())
             axes = tuple(name for name in axes if name not in used)
             used.update(axes)
             dims.append(axes)

@@ -32,11 +32,12 @@ class StageMesh:
         return tuple(self.mesh.axis_names[len(self.data_axes(strategy)) :])
 
     def sequence_axes(self, strategy: Strategy) -> Axes:
-        """Return the tensor axes in the order in which they shard ``seq``: innermost first.
+        """Return the axes that shard ``seq`` between the products, in device order.
 
-        So that an axis that moves from the sequence to the batch (tp 4 to tp 2) is the minor one: one all-to-all.
+        The reverse order would save a permute where tp changes between layers, but costs one beside every product
+        (measured in the program compiled for 16 H100: 23 permutes in place of 3 for four layers at tp 8).
         """
-        return self.tensor_axes(strategy)[::-1] if strategy.sp else ()
+        return self.tensor_axes(strategy) if strategy.sp else ()
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """Return ``spec`` on this mesh."""

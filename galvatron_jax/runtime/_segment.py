@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
-from ..analysis import is_kept, is_kernel_name, run_equation
+from ..analysis import Value, is_kept, is_kernel_name, run_equation
 from ._layout import LayerLayout
 
 WEIGHTS = "galvatron_weights"
@@ -71,16 +71,18 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
         results = run_equation(equation.eqn, arguments)
         for variable, result in zip(equation.outputs, results, strict=True):
             value = values[variable]
-            if result.ndim and _is_constrained(layout, equation.name, layout.is_stream(value)):
-                result = jax.lax.with_sharding_constraint(result, layout.value(value))
-            environment[variable] = result
+            environment[variable] = _constrain(layout, equation.name, result, value)
     return [read(v) for v in program.outputs]
 
 
-def _is_constrained(layout: LayerLayout, primitive: str, stream: bool) -> bool:
-    if layout.stage.mesh.size == 1:
-        return False
-    return is_kernel_name(primitive) or (layout.strategy.sp and stream and primitive in _STREAM_PRIMITIVES)
+def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value) -> Any:
+    stream = layout.strategy.sp and layout.is_stream(value)
+    if not result.ndim or not (is_kernel_name(primitive) or (stream and primitive in _STREAM_PRIMITIVES)):
+        return result
+    if stream and primitive == "gather":
+        # Summed over the vocabulary first, sharded along the sequence after: else XLA shards the indices along it.
+        result = jax.lax.with_sharding_constraint(result, layout.value(value, sequence=False))
+    return jax.lax.with_sharding_constraint(result, layout.value(value))
 
 
 def _is_array(value: Any) -> bool:
