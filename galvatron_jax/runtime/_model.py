@@ -40,7 +40,8 @@ class PlannedModel:
         before: dict[Variable, LayerLayout] = {}
         for segment, layout in zip(self.analysis.cut.segments, self.layouts, strict=True):
             inputs = [self._arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
-            results = self._functions[id(layout)](inputs)
+            with jax.named_scope(segment.name):  # so that compiled programs say which layer an operation is of
+                results = self._functions[id(layout)](inputs)
             for variable, result, value in zip(segment.outputs, results, layout.kind.layer.outputs, strict=True):
                 placed = jax.lax.with_sharding_constraint(result, layout.value(value)) if result.ndim else result
                 environment[variable] = placed
