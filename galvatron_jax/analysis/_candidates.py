@@ -1,10 +1,10 @@
 """Tensor-parallel candidates: class sets which, sharded together, divide the layer's work with the fewest bytes moved.
 
-A set is legal when no operation holds two of its classes (a mesh axis can shard one dimension of an array only), no
-operation needs one of them whole, none of them is a class of the stream, and each stands first in its dimension of
-every parameter (a ``NamedSharding`` cannot name a minor part of a dimension). Sets are ranked by the share of matmul
-FLOPs they divide, then by the bytes of their collectives. Megatron's choice for a Llama block, {kv heads, mlp}, is the
-best set: it is derived here, not written down.
+A set is legal when no operation holds two of its classes or one of them twice (a mesh axis can shard one dimension of
+an array only), no operation needs one of them whole, none of them is a class of the stream, and each stands first in
+its dimension of every parameter (a ``NamedSharding`` cannot name a minor part of a dimension). Sets are ranked by the
+share of matmul FLOPs they divide, then by the bytes of their collectives. Megatron's choice for a Llama block, {kv
+heads, mlp}, is the best set: it is derived here, not written down.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import itertools
 import math
 
 from ._collectives import Predicted, sequence_collectives, tensor_collectives
+from ._dimensions import Op
 from ._layer import Layer
 
 _MAX_CLASSES = 4
@@ -49,7 +50,9 @@ def class_sets(layer: Layer, *, seq: int | None) -> list[ClassSet]:
         seq: The sequence class, for sequence parallelism; None when there is none.
     """
     stream = stream_classes(layer)
-    single = sorted(_parameter_classes(layer) - stream - _hindered(layer))
+    single = sorted(
+        f for f in _parameter_classes(layer) - stream - _hindered(layer) if not _conflicts(layer, frozenset([f]))
+    )
     legal = [
         frozenset(chosen)
         for count in range(1, min(len(single), _MAX_CLASSES) + 1)
@@ -77,13 +80,22 @@ def _hindered(layer: Layer) -> set[int]:
 
 
 def _conflicts(layer: Layer, chosen: frozenset[int]) -> bool:
-    """Tell whether an operation holds two classes of ``chosen``, or one of them twice in one array."""
-    if len(chosen) == 1:
-        return any(_twice(layer.dimensions.flat_classes(v), chosen) for op in layer.ops for v in op.outputs)
+    """Tell whether an operation would have to hold two shards over the same axis.
+
+    That is: it holds two classes of ``chosen``; or, for one class alone, it holds it twice in one array, or sums over
+    it while its result has it again (the recurrence of an RNN).
+    """
+    if len(chosen) > 1:
+        return any(len(_held(layer, op) & chosen) > 1 for op in layer.ops)
     return any(
-        len({f for v in [*op.inputs, *op.outputs] for f in layer.dimensions.flat_classes(v)} & chosen) > 1
+        any(_twice(layer.dimensions.flat_classes(v), chosen) for v in [*op.inputs, *op.outputs])
+        or any(layer.contracted(op) & layer.classes(v) & chosen for v in op.outputs)
         for op in layer.ops
     )
+
+
+def _held(layer: Layer, op: Op) -> set[int]:
+    return {f for v in [*op.inputs, *op.outputs] for f in layer.dimensions.flat_classes(v)}
 
 
 def _twice(classes: list[int], chosen: frozenset[int]) -> bool:
