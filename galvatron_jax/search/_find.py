@@ -1,0 +1,145 @@
+"""The search as one function: from profiles and a cluster to a plan with its proof."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..cluster import Cluster
+from ..cost import memory_budget
+from ..errors import GalvatronError
+from ..plan import Plan, Training
+from ..profile import HardwareProfile, ModelProfile
+from ._baselines import Baseline, price_baselines
+from ._engine import Engine, Outcome, Stop
+from ._infeasible import explain_infeasible
+from ._plan_building import outcome_plan, peak_bytes
+from ._pricing import Problem
+from ._space import Limits, default_batches
+
+MAX_GLOBAL_BATCH = 10_000_000
+MAX_BATCHES = 64
+"""Beyond these a batch list is a slip of the keyboard."""
+
+Watch = Callable[[float | None], bool]
+"""Called often with the best seconds per sample so far (None: no plan yet); returns True to stop the search."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchResult:
+    """A plan and what stands beside it."""
+
+    plan: Plan
+    baselines: tuple[Baseline, ...]
+    global_batches: tuple[int, ...]
+    candidates: int
+    """(global batch, microbatches, stages) in the space."""
+    solved: int
+    """Of these, solved exactly; bounds excluded the others."""
+    stopped: bool
+    """The search ended before the proof was complete; the plan's certificate holds the gap."""
+    search_s: float
+    """Wall-clock seconds of the search, baselines included."""
+
+
+def find_plan(
+    model: ModelProfile,
+    cluster: Cluster,
+    hardware: HardwareProfile,
+    *,
+    global_batches: Sequence[int] | None = None,
+    training: Training | None = None,
+    memory_bytes: int | None = None,
+    max_stages: int | None = None,
+    max_tp: int | None = None,
+    microbatches: Sequence[int] | None = None,
+    time_limit_s: float | None = None,
+    watch: Watch | None = None,
+) -> SearchResult:
+    """Return the plan with the most samples per second in the stated space (``_space``), proven.
+
+    Deterministic: the same arguments give the same plan, unless a time limit or ``watch`` ended the search.
+
+    Args:
+        model: The model's profile, at the sequence length and dtype to train with.
+        cluster: The devices.
+        hardware: What one device and the links can do.
+        global_batches: Samples per optimizer step to choose from; None: ``default_batches``.
+        training: What the optimizer keeps; None: AdamW with two float32 moments.
+        memory_bytes: Budget of one device; None: its capacity less the reserve (``cost.memory_budget``).
+        max_stages: Most pipeline stages; 1 for no pipeline.
+        max_tp: Largest tensor-parallel degree.
+        microbatches: Allowed microbatch counts; None: all divisors of the batch.
+        time_limit_s: End the search after so many seconds, but not before it has a plan.
+        watch: Called often; may end the search.
+
+    Raises:
+        GalvatronError: an argument is out of range, or ``watch`` ended the search before it had a plan.
+        InfeasibleError: nothing in the space fits the memory budget.
+        DocumentError: the hardware profile lacks the rate of a dtype that the model computes in.
+    """
+    start = time.monotonic()
+    batches = _checked_batches(global_batches or default_batches(cluster, model))
+    problem = Problem(
+        model=model,
+        cluster=cluster,
+        hardware=hardware,
+        training=training or Training(),
+        budget_bytes=memory_budget(hardware) if memory_bytes is None else memory_bytes,
+        limits=Limits(
+            max_stages=max_stages, max_tp=max_tp, microbatches=None if microbatches is None else tuple(microbatches)
+        ),
+    )
+    engine = Engine(problem, batches, _poll(start, time_limit_s, watch))
+    outcome, plan = _search(engine)
+    if plan is None:
+        if outcome.stopped:
+            raise GalvatronError("the search was stopped before it had a plan", action="give it more time")
+        raise explain_infeasible(engine)
+    return SearchResult(
+        plan=plan,
+        baselines=price_baselines(engine),
+        global_batches=batches,
+        candidates=outcome.candidates,
+        solved=outcome.solved,
+        stopped=outcome.stopped,
+        search_s=time.monotonic() - start,
+    )
+
+
+def _search(engine: Engine) -> tuple[Outcome, Plan | None]:
+    outcome = engine.run()
+    plan = outcome_plan(engine.problem, outcome)
+    if plan is not None and peak_bytes(plan) > engine.problem.budget_bytes:
+        # Each category of a stage's memory is rounded up to whole bytes: a plan that fills the budget to the last byte
+        # can exceed it by less than one byte for each.
+        tighter = replace(engine.problem, budget_bytes=engine.problem.budget_bytes - ROUNDED_CATEGORIES)
+        outcome = Engine(tighter, engine.global_batches, engine.poll).run()
+        plan = outcome_plan(engine.problem, outcome)
+    return outcome, plan
+
+
+ROUNDED_CATEGORIES = 6
+"""Memory categories of a stage (``cost.stage_memory``)."""
+
+
+def _poll(start: float, time_limit_s: float | None, watch: Watch | None) -> Callable[[float | None], None]:
+    def poll(best: float | None) -> None:
+        expired = time_limit_s is not None and time.monotonic() - start > time_limit_s
+        if (expired and best is not None) or (watch is not None and watch(best)):
+            raise Stop
+
+    return poll
+
+
+def _checked_batches(batches: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(sorted(set(batches)))
+    if not found or found[0] < 1 or found[-1] > MAX_GLOBAL_BATCH or len(found) > MAX_BATCHES:
+        raise GalvatronError(
+            f"got global batches {list(batches)[:8]}",
+            expected=f"up to {MAX_BATCHES} whole numbers from 1 to {MAX_GLOBAL_BATCH}",
+            where="--global-batch",
+            action="for example --global-batch 64,128",
+        )
+    return found

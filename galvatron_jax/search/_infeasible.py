@@ -1,0 +1,169 @@
+"""Nothing fits: by how much, and the smallest changes that would fit.
+
+The least memory of a plan is found without any times: for a (batch, microbatches, stages) every layer takes the option that
+lets the fullest stage be smallest. For one stage that is ``min over t of (sum over layers of least bytes with at most t live
+bytes) + t``; over the boundaries, the least maximum by dynamic programming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from ..cluster import Cluster
+from ..errors import GalvatronError, InfeasibleError
+from ..schedule import in_flight_microbatches
+from ..units import format_gib
+from ._engine import Candidate, Engine
+from ._knapsack import Floats
+from ._pipeline import SCHEDULE
+from ._pricing import Prices, message_buffers
+
+MAX_MORE_GPUS = 64
+"""Clusters up to so many times the size are tried."""
+
+
+class _Miss(NamedTuple):
+    """The least memory that a candidate needs."""
+
+    peak_bytes: float
+    candidate: Candidate
+    stage: int
+    """The fullest stage."""
+
+
+def explain_infeasible(engine: Engine) -> InfeasibleError:
+    """Return the error for a problem in which nothing fits: the nearest miss, and the three smallest changes that would."""
+    problem = engine.problem
+    miss = _nearest_miss(engine)
+    if miss is None:
+        return InfeasibleError(
+            f"no strategy is legal for global batches {list(engine.global_batches)} on {problem.cluster.mesh}"
+            f" within the limits given",
+            expected="a microbatch that the data-parallel ranks divide, or a tensor degree that divides the layers",
+            action=_changes_text(list(_legal_changes(engine))) or "allow other microbatch counts, tensor degrees or stages",
+        )
+    batch, microbatches, stages = miss.candidate.global_batch, miss.candidate.microbatches, miss.candidate.stages
+    where = f" on stage {miss.stage + 1} of {stages}" if stages > 1 else ""
+    changes = [*_smaller_batch(engine), *_more_gpus(engine), *_more_memory(miss)]
+    return InfeasibleError(
+        f"{problem.model.name} does not fit {problem.cluster.mesh} {problem.hardware.name}: the nearest miss needs"
+        f" {format_gib(miss.peak_bytes)}{where}, budget {format_gib(problem.budget_bytes)} (global batch {batch},"
+        f" {microbatches} microbatch{'es' * (microbatches > 1)}, {stages} stage{'s' * (stages > 1)})",
+        action=_changes_text(changes),
+    )
+
+
+def least_peak_bytes(engine: Engine) -> float | None:
+    """Return the least memory per device of any plan in the engine's space; None when none is legal."""
+    miss = _nearest_miss(engine)
+    return None if miss is None else miss.peak_bytes
+
+
+def _changes_text(changes: list[str]) -> str:
+    return "smallest changes that would fit: " + "; ".join(changes) if changes else ""
+
+
+def _nearest_miss(engine: Engine) -> _Miss | None:
+    """The candidate whose fullest stage is smallest.
+
+    More microbatches never need more memory, so of each (batch, stages) the largest count with legal strategies is tried,
+    and one microbatch too, where no gradients are accumulated.
+    """
+    best: _Miss | None = None
+    groups: dict[tuple[int, int], list[Candidate]] = {}
+    for candidate in engine.candidates():
+        groups.setdefault((candidate.global_batch, candidate.stages), []).append(candidate)
+    for group in groups.values():
+        legal = (c for c in reversed(group) if engine.prices_of(c) is not None)
+        for candidate in legal:
+            prices = engine.prices_of(candidate)
+            assert prices is not None
+            peak, stage = _least_peak(prices, candidate)
+            if best is None or peak < best.peak_bytes:
+                best = _Miss(peak, candidate, stage)
+    return best
+
+
+def _least_peak(prices: Prices, candidate: Candidate) -> tuple[float, int]:
+    """Least peak of the fullest stage over all boundaries, and that stage."""
+    stages, layers = candidate.stages, len(prices.order)
+    rest = np.full(layers + 1, np.inf)
+    rest[layers] = 0.0
+    tables = []
+    for s in range(stages - 1, -1, -1):
+        table = _stage_peaks(prices, candidate, s)
+        tables.insert(0, (table, rest))
+        rest = np.maximum(table, rest).min(axis=1)
+    start, peaks = 0, []
+    for table, after in tables:
+        stop = int(np.maximum(table[start], after).argmin())
+        peaks.append(float(table[start, stop]))
+        start = stop
+    return max(peaks), int(np.argmax(peaks))
+
+
+def _stage_peaks(prices: Prices, candidate: Candidate, s: int) -> Floats:
+    """Least peak of stage ``s`` by (first layer, end)."""
+    in_flight = in_flight_microbatches(SCHEDULE, s, candidate.stages, candidate.microbatches)
+    thresholds = np.array(sorted({live for kind in prices.kinds for live in kind.live_bytes.tolist()}))
+    smallest = np.full((len(prices.kinds), len(thresholds)), np.inf)
+    for k, kind in enumerate(prices.kinds):
+        if len(kind.strategies):
+            size = kind.state_bytes + in_flight * kind.residual_bytes
+            smallest[k] = np.where(kind.live_bytes[:, None] <= thresholds, size[:, None], np.inf).min(axis=0)
+    counts = prices.contents.counts_SK
+    finite = np.where(np.isinf(smallest), 0.0, smallest)
+    peaks = counts @ finite + thresholds
+    peaks[counts @ np.isinf(smallest).astype(np.float64) > 0] = np.inf
+    buffers = np.array([message_buffers(prices, candidate.stages, s, (0, 0))])
+    return np.append(peaks.min(axis=1) + buffers, np.inf)[prices.contents.of_interval]
+
+
+def _fits(engine: Engine) -> bool:
+    least = least_peak_bytes(engine)
+    return least is not None and least <= engine.problem.budget_bytes
+
+
+def _smaller_batch(engine: Engine) -> Iterator[str]:
+    """The largest batch below all given ones that fits: halves of the smallest, then one sample per device."""
+    batch = min(engine.global_batches) // 2
+    while batch >= 1:
+        if _fits(Engine(engine.problem, (batch,))):
+            yield f"global batch {min(engine.global_batches)} -> {batch}"
+            return
+        batch //= 2
+
+
+def _legal_changes(engine: Engine) -> Iterator[str]:
+    """Batches near the given ones for which some strategy is legal and fits."""
+    devices = engine.problem.cluster.devices
+    batch = -(-max(engine.global_batches) // devices) * devices
+    if batch not in engine.global_batches and _fits(Engine(engine.problem, (batch,))):
+        yield f"global batch {max(engine.global_batches)} -> {batch}"
+
+
+def _more_gpus(engine: Engine) -> Iterator[str]:
+    """The smallest cluster that fits: more GPUs in the only node up to 8, then more nodes."""
+    cluster, found = engine.problem.cluster, None
+    gpus = cluster.gpus_per_node
+    nodes = [cluster.nodes * factor for factor in range(2, MAX_MORE_GPUS + 1) if factor & (factor - 1) == 0]
+    meshes = [(1, g) for g in (2, 4, 8) if cluster.nodes == 1 and g > gpus] + [(n, max(gpus, 8)) for n in nodes]
+    for mesh in meshes:
+        larger = Cluster(nodes=mesh[0], gpus_per_node=mesh[1], gpu=cluster.gpu)
+        batches = tuple(sorted({-(-b // larger.devices) * larger.devices for b in engine.global_batches}))
+        try:
+            if _fits(Engine(replace(engine.problem, cluster=larger), batches)):
+                found = larger
+                break
+        except GalvatronError:
+            continue
+    if found is not None:
+        yield f"more GPUs: --mesh {found.mesh} instead of {cluster.mesh}"
+
+
+def _more_memory(miss: _Miss) -> Iterator[str]:
+    yield f"more memory: a budget of {format_gib(miss.peak_bytes + 0.05 * 2**30)} per GPU"

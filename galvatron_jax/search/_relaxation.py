@@ -1,0 +1,82 @@
+"""Lower bounds on the cost of many stages at once: layouts for free, fractions of layers allowed.
+
+With ``A[k](p, t) = min over options of kind k that need at most t live bytes of (cost + p * bytes)``, a stage with ``n[k]``
+layers of kind ``k``, ``room`` bytes and largest live layer ``t`` costs at least
+
+    max over p of  sum_k n[k] A[k](p, t) - p (room - t)
+
+for every byte price ``p >= 0`` (Lagrangian duality). ``A`` is tabulated once for the prices at which two options of a kind tie
+and for all live thresholds; a bound is then one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ._knapsack import Floats, Ints, Menu
+from ._pricing import undominated
+
+STEEPER, STEEPER_STEPS = 1.5, 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relaxation:
+    """``A`` on a grid. Arrays are indexed by kind, byte price and threshold."""
+
+    prices: Floats
+    thresholds: Floats
+    least_KPT: Floats
+    smallest_KT: Floats
+    """Least bytes of a layer (states and residuals)."""
+    absent_KT: Floats
+    """1 where a kind has no option within a threshold."""
+
+    @classmethod
+    def make(cls, costs: Sequence[Floats], sizes: Sequence[Floats], lives: Sequence[Floats]) -> Relaxation:
+        """Tabulate the options of all kinds; those that another one beats in (cost, bytes, live bytes) do not count."""
+        tables = [np.stack(columns, axis=1) for columns in zip(costs, sizes, lives, strict=True)]
+        tables = [table[undominated(table, np.zeros(len(table), np.int64))] for table in tables]
+        costs, sizes, lives = ([table[:, column] for table in tables] for column in range(3))
+        prices = _price_grid(costs, sizes)
+        thresholds = np.array(sorted(set().union(*(live.tolist() for live in lives))))
+        least = np.full((len(costs), len(prices), len(thresholds)), np.inf)
+        smallest = np.full((len(costs), len(thresholds)), np.inf)
+        for k, (cost, size, live) in enumerate(zip(costs, sizes, lives, strict=True)):
+            if len(cost):
+                allowed = live[:, None] <= thresholds
+                priced = cost[:, None] + size[:, None] * prices
+                least[k] = np.where(allowed[:, None, :], priced[:, :, None], np.inf).min(axis=0)
+                smallest[k] = np.where(allowed, size[:, None], np.inf).min(axis=0)
+        absent = np.isinf(smallest).astype(np.float64)
+        least[np.isinf(least)] = 0.0
+        return cls(prices, thresholds, least, np.where(absent, 0.0, smallest), absent)
+
+    def bounds(self, counts_SK: Floats, room: float) -> Floats:
+        """Return the bound of each stage (row of layer counts by kind); infinite where nothing fits."""
+        every = np.arange(len(self.thresholds))
+        return np.asarray(self._bounds(counts_SK, every, room - self.thresholds).min(axis=1))
+
+    def bounds_at(self, counts_K: Floats, room: float, thresholds: Floats) -> Floats:
+        """Return the bound of one stage by the bytes of its largest live layer; infinite where nothing fits."""
+        at = np.searchsorted(self.thresholds, thresholds, side="right") - 1
+        bounds = self._bounds(counts_K[None, :], np.maximum(at, 0), room - thresholds)[0]
+        return np.where(at < 0, np.inf, bounds)
+
+    def _bounds(self, counts_SK: Floats, at: Ints, left: Floats) -> Floats:
+        """Bounds by (stage, threshold), for columns ``at`` of the tables and the room ``left`` beside the live layer."""
+        kinds, prices, _ = self.least_KPT.shape
+        total = (counts_SK @ self.least_KPT[:, :, at].reshape(kinds, -1)).reshape(-1, prices, len(at))
+        total -= self.prices[:, None] * left
+        misfit = (counts_SK @ self.smallest_KT[:, at] > left) | (counts_SK @ self.absent_KT[:, at] > 0)
+        return np.where(misfit, np.inf, total.max(axis=1))
+
+
+def _price_grid(costs: Sequence[Floats], sizes: Sequence[Floats]) -> Floats:
+    """0, the prices at which options of a kind tie, and steeper ones for thresholds that leave few options."""
+    slopes = [Menu(c, s, np.arange(len(c))).slopes for c, s in zip(costs, sizes, strict=True)]
+    ties = sorted(set().union(*(slope.tolist() for slope in slopes)))
+    steeper = [ties[-1] * STEEPER**step for step in range(1, STEEPER_STEPS + 1)] if ties else []
+    return np.array([0.0, *ties, *steeper])

@@ -1,0 +1,257 @@
+"""One stage: what it holds, the strategies chosen for it, and the choices under one threshold of live bytes.
+
+``Case`` is the stage with the largest live layer fixed to at most ``threshold`` bytes: options that need more are left out,
+``threshold`` is taken off the capacity, and what remains are patterns of layouts (``_patterns``) with one knapsack each
+(``_knapsack``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ._knapsack import Assignments, Dual, Floats, Group, Ints, Menu, assignments_within, best_dual, cheapest
+from ._patterns import Pattern, Step, patterns
+from ._pricing import Prices, undominated
+from ._relaxation import Relaxation
+
+ROUNDING = 1e-12
+"""Relative slack when a bound is compared with a value that was summed in another order."""
+
+
+class Weights(NamedTuple):
+    """How often a stage's times count in the objective."""
+
+    forward: float
+    backward: float
+    step_end: float
+
+    def normalised(self) -> tuple[Weights, float]:
+        """Return weights whose largest is 1, and the factor taken out; equal objectives share their work.
+
+        An objective that counts nothing gets factor 0 and the weights of one microbatch.
+        """
+        scale = max(self)
+        return (Weights(*(w / scale for w in self)), scale) if scale else (Weights(1.0, 1.0, 0.0), 0.0)
+
+
+class Span(NamedTuple):
+    """What a stage holds, and how it hangs together with its neighbours."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(kind, layers) in order."""
+    in_flight: int
+    enters: bool
+    """The stream arrives over the wire."""
+    leaves_to: int
+    """Kind that takes the stream over the wire afterwards; -1 on the last stage."""
+    buffer_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoice:
+    """Strategies for one stage, and its times."""
+
+    forward_s: float
+    backward_s: float
+    step_end_s: float
+    runs: tuple[tuple[int, int, int], ...]
+    """(kind, row of ``KindPrices``, layers) in order."""
+
+    def cost(self, weights: Weights) -> float:
+        """Return the value of a linear objective."""
+        forward, backward, step_end = weights
+        return forward * self.forward_s + backward * self.backward_s + step_end * self.step_end_s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Board:
+    """The options of every kind under one objective and number of in-flight microbatches, with the menus made so far."""
+
+    prices: Prices
+    weights: Weights
+    rows: tuple[Ints, ...]
+    """Rows of ``KindPrices`` that are options."""
+    cost: tuple[Floats, ...]
+    size: tuple[Floats, ...]
+    live: tuple[Floats, ...]
+    layout: tuple[Ints, ...]
+    inside: tuple[Floats, ...]
+    """Relayout cost by kind that takes the stream."""
+    relaxation: Relaxation
+    _menus: dict[tuple[int, tuple[int, ...] | None, float], Menu] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, prices: Prices, weights: Weights, in_flight: int, *, exhaustive: bool) -> Board:
+        """Weigh all options; unless ``exhaustive``, drop those that are beaten in (cost, bytes, live bytes)."""
+        columns: list[tuple[Ints, Floats, Floats, Floats, Ints]] = []
+        for kind in prices.kinds:
+            cost = (
+                weights.forward * kind.forward_s
+                + weights.backward * kind.backward_s
+                + weights.step_end * kind.step_end_s
+            )
+            size = kind.state_bytes + in_flight * kind.residual_bytes
+            table = np.stack([cost, size, kind.live_bytes], axis=1)
+            keep = np.arange(len(cost)) if exhaustive else np.flatnonzero(undominated(table, kind.layout))
+            columns.append((keep, cost[keep], size[keep], kind.live_bytes[keep], kind.layout[keep]))
+        rows, costs, sizes, lives, layouts = (tuple(column) for column in zip(*columns, strict=True))
+        inside = tuple(weights.forward * r.forward_s + weights.backward * r.backward_s for r in prices.relayouts)
+        relaxation = Relaxation.make(costs, sizes, lives)
+        return cls(prices, weights, rows, costs, sizes, lives, layouts, inside, relaxation)
+
+    def menu(self, kind: int, layouts: tuple[int, ...] | None, threshold: float) -> Menu:
+        """Options of ``kind`` in ``layouts`` (None: all) that need at most ``threshold`` live bytes."""
+        key = (kind, layouts, threshold)
+        if key not in self._menus:
+            keep = self.live[kind] <= threshold
+            if layouts is not None:
+                keep &= (self.layout[kind][:, None] == np.array(layouts)).any(axis=1)
+            self._menus[key] = Menu(self.cost[kind][keep], self.size[kind][keep], np.flatnonzero(keep))
+        return self._menus[key]
+
+    def counts(self, runs: Iterable[tuple[int, int]]) -> Floats:
+        """Return the number of layers of each kind."""
+        counts = np.zeros(len(self.cost))
+        for kind, layers in runs:
+            counts[kind] += layers
+        return counts
+
+    def wire(self, seconds: tuple[Floats, Floats]) -> Floats:
+        """Weigh (forward, backward) seconds."""
+        return self.weights.forward * seconds[0] + self.weights.backward * seconds[1]
+
+
+class _Slot(NamedTuple):
+    """A group of the knapsack, and the run of the stage that its layers belong to."""
+
+    run: int
+    group: Group
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """A stage whose largest live layer needs at most ``threshold`` bytes."""
+
+    board: Board
+    span: Span
+    threshold: float
+    room: float
+    dual: Dual
+    """Bound of the whole case, relayouts free."""
+
+    @classmethod
+    def make(cls, board: Board, span: Span, threshold: float, room: float) -> Case | None:
+        """Return the case with ``room`` bytes for states and residuals; None when nothing fits."""
+        dual = best_dual([Group(n, board.menu(kind, None, threshold)) for kind, n in span.runs], room)
+        return None if dual is None else cls(board, span, threshold, room, dual)
+
+    def patterns(self) -> Iterator[Pattern]:
+        """Yield the stage's patterns, the lowest bound on their cost first."""
+        rent = self.dual.price * self.room
+        steps = [self._step(run) for run in range(len(self.span.runs))]
+        for pattern in patterns(steps, self._leaving(), self.room):
+            yield pattern._replace(bound=pattern.bound - rent)
+
+    def best(self, limit: float) -> StageChoice | None:
+        """Return the best choice if it costs at most ``limit``."""
+        best = None
+        for pattern in self.patterns():
+            if pattern.bound > limit + self._slack(limit):
+                break
+            slots, moves = self._slots(pattern), self._moves(pattern)
+            found = cheapest([slot.group for slot in slots], self.room, limit - self._weigh(moves))
+            if found is not None and (best is None or float(found.cost[0]) + self._weigh(moves) < limit):
+                best = self._choices(pattern, slots, moves, found)[0]
+                limit = best.cost(self.board.weights)
+        return best
+
+    def all(self, limit: float) -> list[StageChoice]:
+        """Return the choices that cost at most ``limit``; those beaten in all three times by others of the same pattern are
+        left out.
+        """
+        near = itertools.takewhile(lambda pattern: pattern.bound <= limit + self._slack(limit), self.patterns())
+        return [choice for pattern in near for choice in self._all(pattern, limit)]
+
+    def _slack(self, limit: float) -> float:
+        """What rounding errors in a bound can amount to."""
+        return ROUNDING * (abs(limit) + self.dual.price * self.room) if np.isfinite(limit) else 0.0
+
+    def _all(self, pattern: Pattern, limit: float) -> list[StageChoice]:
+        slots, moves = self._slots(pattern), self._moves(pattern)
+        groups = [slot.group for slot in slots]
+        dual = best_dual(groups, self.room)
+        if dual is None:
+            return []
+        found = assignments_within(groups, self.room, limit - self._weigh(moves) + ROUNDING * abs(limit), dual)
+        return self._choices(pattern, slots, moves, found)
+
+    def _step(self, run: int) -> Step:
+        (kind, layers), board = self.span.runs[run], self.board
+        menu = board.menu(kind, None, self.threshold)
+        priced, smallest = np.full((2, len(board.prices.layouts)), np.inf)
+        np.minimum.at(priced, board.layout[kind][menu.ids], menu.cost + self.dual.price * menu.size)
+        np.minimum.at(smallest, board.layout[kind][menu.ids], menu.size)
+        first = board.wire(board.prices.relayouts[kind].from_wire_s) * self.span.enters
+        return Step(layers, priced, smallest, board.inside[kind] if run else first[None, :], board.inside[kind])
+
+    def _leaving(self) -> Floats:
+        if self.span.leaves_to < 0:
+            return np.zeros(len(self.board.prices.layouts))
+        return self.board.wire(self.board.prices.relayouts[self.span.leaves_to].to_wire_s)
+
+    def _slots(self, pattern: Pattern) -> list[_Slot]:
+        """One layer in each of several stops, and the other layers of the run wherever they like."""
+        slots = []
+        for run, ((kind, layers), stops) in enumerate(zip(self.span.runs, pattern.stops, strict=True)):
+            single = stops if len(stops) > 1 else ()
+            slots += [_Slot(run, Group(1, self.board.menu(kind, (stop,), self.threshold))) for stop in single]
+            if layers > len(single):
+                bulk = self.board.menu(kind, tuple(sorted(set(stops))), self.threshold)
+                slots.append(_Slot(run, Group(layers - len(single), bulk)))
+        return slots
+
+    def _moves(self, pattern: Pattern) -> Floats:
+        """Seconds of all relayouts of a pattern: (forward, backward)."""
+        relayouts, total = self.board.prices.relayouts, np.zeros(2)
+        walk = [(kind, stop) for (kind, _), stops in zip(self.span.runs, pattern.stops, strict=True) for stop in stops]
+        for (_, before), (kind, after) in zip(walk, walk[1:], strict=False):
+            total += relayouts[kind].forward_s[before, after], relayouts[kind].backward_s[before, after]
+        if self.span.enters:
+            total += [seconds[walk[0][1]] for seconds in relayouts[walk[0][0]].from_wire_s]
+        if self.span.leaves_to >= 0:
+            total += [seconds[walk[-1][1]] for seconds in relayouts[self.span.leaves_to].to_wire_s]
+        return total
+
+    def _weigh(self, moves: Floats) -> float:
+        return float(self.board.weights.forward * moves[0] + self.board.weights.backward * moves[1])
+
+    def _choices(self, pattern: Pattern, slots: list[_Slot], moves: Floats, found: Assignments) -> list[StageChoice]:
+        tables, owners = [], []
+        for slot in slots:
+            kind = self.span.runs[slot.run][0]
+            rows = self.board.rows[kind][slot.group.menu.ids]
+            prices = self.board.prices.kinds[kind]
+            tables.append(np.stack([prices.forward_s[rows], prices.backward_s[rows], prices.step_end_s[rows]]))
+            owners += [(slot.run, int(row)) for row in rows]
+        times = found.counts @ np.concatenate(tables, axis=1).T + np.append(moves, 0.0)
+        kept = range(1) if len(times) == 1 else np.flatnonzero(undominated(times, np.zeros(len(times), np.int64)))
+        return [StageChoice(*times[i].tolist(), self._runs(pattern, owners, found.counts[i])) for i in kept]
+
+    def _runs(self, pattern: Pattern, owners: list[tuple[int, int]], counts: Ints) -> tuple[tuple[int, int, int], ...]:
+        """Put the layers of one assignment in order: run by run, stop by stop."""
+        ordered: list[tuple[int, int, int]] = []
+        for run, ((kind, _), stops) in enumerate(zip(self.span.runs, pattern.stops, strict=True)):
+            layers: dict[int, list[int]] = {stop: [] for stop in stops}
+            for (owner, row), count in sorted(zip(owners, counts.tolist(), strict=True)):
+                if owner == run and count:
+                    layers[int(self.board.prices.kinds[kind].layout[row])] += [row] * count
+            for position, stop in enumerate(stops):
+                here = layers[stop][:1] if stop in stops[position + 1 :] else layers[stop]
+                layers[stop] = layers[stop][len(here) :]
+                ordered += [(kind, row, here.count(row)) for row in dict.fromkeys(here)]
+        return tuple(ordered)
