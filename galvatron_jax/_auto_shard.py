@@ -99,6 +99,7 @@ class ShardedModel:
         self._analysis: Analysis | None = None
         self._programs: StagePrograms | None = None
         self._state: TrainState | None = None
+        self._steps = 0
 
     def prepare(self, batch: Any) -> Plan:
         """Analyse, search and build the state for batches shaped like ``batch``; return the plan.
@@ -134,7 +135,7 @@ class ShardedModel:
         """
         programs = self._ready(batch)
         self._state, loss = programs.train(self.state, programs.place_batch(jax.tree.leaves(batch)))
-        self._steps = getattr(self, "_steps", 0) + 1
+        self._steps += 1
         return StepResult(loss=loss, step=self._steps)
 
     def eval(self, batch: Any) -> jax.Array:

@@ -74,6 +74,11 @@ def default_learning_rate(config: LlamaConfig) -> float:
     return 3e-3 if config.parameter_count < 10_000_000 else 6e-4
 
 
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
+"""Virtual devices are threads that share a few cores: one may reach a collective minutes after the others. XLA ends the
+process after 40 seconds by default."""
+
+
 def device_environment(options: Options, environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables to set before JAX is imported.
 
@@ -88,7 +93,7 @@ def device_environment(options: Options, environment: Mapping[str, str]) -> dict
         return {}
     count = options.devices or (options.plan.cluster.devices if options.plan else DEFAULT_VIRTUAL_DEVICES)
     kept = [flag for flag in flags if flag not in chosen]
-    changes = {"XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={count}"])}
+    changes = {"XLA_FLAGS": " ".join([*kept, f"--xla_force_host_platform_device_count={count}", PATIENCE])}
     return changes | ({"JAX_PLATFORMS": "cpu"} if options.devices else {})
 
 

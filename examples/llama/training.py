@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -38,8 +38,12 @@ def shard(options: Options) -> Any:
     schedule = optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, max(options.steps, warmup + 1))
     # Decay rates as Llama 2 (Touvron et al. 2023, arXiv:2307.09288, section 2.2).
     optimizer = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.1)
+    config = options.config
+    if jax.default_backend() == "cpu":
+        # CPUs emulate bfloat16, many times slower than float32. The plan is the same for both.
+        config = replace(config, dtype="float32")
     return auto_shard(
-        lambda: Llama(options.config, rngs=nnx.Rngs(options.seed)),
+        lambda: Llama(config, rngs=nnx.Rngs(options.seed)),
         loss=next_token_loss,
         optimizer=optimizer,
         plan=options.plan,
@@ -84,5 +88,9 @@ def train(options: Options) -> Outcome:
 
 def _describe_devices() -> str:
     devices = jax.devices()
-    kind = "virtual CPU devices of this machine" if devices[0].platform == "cpu" else devices[0].device_kind
+    kind = (
+        "virtual CPU devices of this machine, computing in float32"
+        if devices[0].platform == "cpu"
+        else devices[0].device_kind
+    )
     return f"{len(devices)} x {kind}"

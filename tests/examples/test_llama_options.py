@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.llama.options import device_environment, parse_options
+from examples.llama.options import PATIENCE, device_environment, parse_options
 from examples.llama.report import StepLog, describe_plan
 from examples.llama.train import main
 from galvatron_jax._document import save
@@ -116,13 +116,13 @@ def test_options_missing_plan_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "environment", "expected"),
     [
-        ([], {}, {"XLA_FLAGS": f"{COUNT}=8"}),
+        ([], {}, {"XLA_FLAGS": f"{COUNT}=8 {PATIENCE}"}),
         ([], {"XLA_FLAGS": f"--xla_dump_to=d {COUNT}=2"}, {}),
-        (["--devices", "4"], {}, {"XLA_FLAGS": f"{COUNT}=4", "JAX_PLATFORMS": "cpu"}),
+        (["--devices", "4"], {}, {"XLA_FLAGS": f"{COUNT}=4 {PATIENCE}", "JAX_PLATFORMS": "cpu"}),
         (
             ["--devices", "4"],
             {"XLA_FLAGS": f"--xla_dump_to=d {COUNT}=2"},
-            {"XLA_FLAGS": f"--xla_dump_to=d {COUNT}=4", "JAX_PLATFORMS": "cpu"},
+            {"XLA_FLAGS": f"--xla_dump_to=d {COUNT}=4 {PATIENCE}", "JAX_PLATFORMS": "cpu"},
         ),
     ],
 )
@@ -133,7 +133,7 @@ def test_device_environment_keeps_other_flags(
 
 
 def test_device_environment_without_a_number_takes_the_plans(plan_path: Path) -> None:
-    assert device_environment(parse_options(["--plan", str(plan_path)]), {}) == {"XLA_FLAGS": f"{COUNT}=4"}
+    assert device_environment(parse_options(["--plan", str(plan_path)]), {}) == {"XLA_FLAGS": f"{COUNT}=4 {PATIENCE}"}
 
 
 def test_options_are_read_without_importing_jax() -> None:
