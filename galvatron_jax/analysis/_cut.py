@@ -6,12 +6,17 @@ so the equations of a call are contiguous, and a cut by position is a valid cut:
 inputs, variables used later its outputs. Masks, rotary tables, RNG counters and statistics thereby become ordinary
 boundary values. What stands before the first layer is the ``embed`` segment, what follows the last one ``head``;
 equations between two layers belong to the later one.
+
+Limits: layers run by one ``nnx.scan`` are unrolled and cut, but each slices the stacked weights at an index of its own,
+so that each becomes a kind of its own, without tensor-parallel candidates worth having; one module called several times
+(shared weights) is no group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 
@@ -97,7 +102,11 @@ def _sibling_groups(equations: Sequence[Equation]) -> dict[str, list[_Call]]:
     for position, equation in enumerate(equations):
         flops = matmul_flops(equation)
         outer: tuple[str, ...] = ()
+        path = ""
         for mark in MARK.finditer(equation.scope):
+            if mark[1] == path:
+                continue  # the same module again: super().__call__
+            path = mark[1]
             call = calls.setdefault((mark[1], mark[2]), _Call(mark[1], position, position, 0, outer))
             call.last, call.flops = position, call.flops + flops
             outer = (*outer, _pattern(mark[1]))
@@ -133,17 +142,15 @@ def _pattern(path: str) -> str:
 
 
 def matmul_flops(equation: Equation) -> int:
-    """Return the FLOP of a ``dot_general`` (2 per multiply-add), 0 for any other equation."""
-    if equation.name != "dot_general":
-        return 0
-    (contracted, _), _ = equation.eqn.params["dimension_numbers"]
-    flops = 2
-    left = abstract(equation.inputs[0].aval)
-    for size in equation.outputs[0].aval.shape:
-        flops *= size
-    for dim in contracted:
-        flops *= left.shape[dim]
-    return flops
+    """Return the FLOP of a matrix product or convolution (2 per multiply-add), 0 for any other equation."""
+    made = math.prod(equation.outputs[0].aval.shape) if equation.outputs else 0
+    if equation.name == "dot_general":
+        (contracted, _), _ = equation.eqn.params["dimension_numbers"]
+        return 2 * made * math.prod(equation.inputs[0].aval.shape[dim] for dim in contracted)
+    if equation.name == "conv_general_dilated":
+        kernel, features = equation.inputs[1].aval.shape, equation.eqn.params["dimension_numbers"].rhs_spec[0]
+        return 2 * made * math.prod(kernel) // max(1, kernel[features])
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------- pieces to segments
