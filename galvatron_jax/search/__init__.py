@@ -1,7 +1,34 @@
-"""The search: the fastest plan of the stated space, and the proof that it is. numpy only, never jax."""
+"""The search: the fastest plan of the stated space, and the proof that it is. numpy only, never jax.
 
-from ._baselines import Baseline as Baseline
-from ._find import SearchResult as SearchResult
-from ._find import find_plan as find_plan
-from ._space import default_batches as default_batches
-from ._report import describe_plan as describe_plan
+The parts load when they are first used, so that ``python -m galvatron_jax.search --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ._baselines import Baseline as Baseline
+    from ._find import SearchResult as SearchResult
+    from ._find import find_plan as find_plan
+    from ._report import describe_plan as describe_plan
+    from ._space import default_batches as default_batches
+
+_LAZY = {
+    "Baseline": "._baselines",
+    "SearchResult": "._find",
+    "default_batches": "._space",
+    "describe_plan": "._report",
+    "find_plan": "._find",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({name for name in globals() if not name.startswith("_")} | set(_LAZY))

@@ -3,11 +3,12 @@
     minimise    a * forward + b * backward + c * step_end                       (``Weights``; relayouts included)
     subject to  sum of states + in-flight microbatches * sum of residuals + largest live layer + buffers <= capacity
 
-over sequences of strategies, one for each layer. Layers of one kind are alike, so a solution is a pattern of layouts and, for
-each stop of the pattern, how many layers take which strategy. The largest live layer is a maximum, not a sum: for every
-value ``t`` that it can have, options that need more than ``t`` are left out and ``t`` is taken off the capacity. So the
-optimum is the minimum over thresholds and patterns of a knapsack, and each threshold and pattern carries a lower bound
-(Lagrangian; for the threshold all layouts together, relayouts free) that leaves most of them out.
+over sequences of strategies, one for each layer. Layers of one kind are alike, so a solution is a pattern of layouts
+and, for each stop of the pattern, how many layers take which strategy. The largest live layer is a maximum, not a
+sum: for every value ``t`` that it can have, options that need more than ``t`` are left out and ``t`` is taken off the
+capacity. So the optimum is the minimum over thresholds and patterns of a knapsack, and each threshold and pattern
+carries a lower bound (Lagrangian; for the threshold all layouts together, relayouts free) that leaves most of them
+out.
 
 Complexity: (thresholds * patterns that the bounds leave) knapsacks, a few in practice.
 """
@@ -41,7 +42,7 @@ class Assigner:
         return self._solved[key]
 
     def within(self, span: Span, weights: Weights, limit: float) -> list[StageChoice]:
-        """Return all choices that cost at most ``limit`` and that no other choice beats or equals in all three times."""
+        """Return all choices that cost at most ``limit`` and that no other one beats or equals in all three times."""
         found = []
         for threshold, bound in self._thresholds(span, weights, exhaustive=True):
             if bound <= limit * (1 + ROUNDING):
@@ -52,7 +53,7 @@ class Assigner:
         return [choice for choice, kept in zip(found, keep, strict=True) if kept]
 
     def bounds(self, weights: Weights, in_flight: int, counts_SK: Floats, buffer_bytes: float) -> Floats:
-        """Return lower bounds on the cost of many stages, one per row of layer counts by kind; infinite: nothing fits."""
+        """Return lower bounds on the cost of stages, one per row of layer counts by kind; infinite: nothing fits."""
         relaxation = self.board(weights, in_flight).relaxation
         return np.asarray(relaxation.bounds(counts_SK, self.capacity_bytes - buffer_bytes))
 

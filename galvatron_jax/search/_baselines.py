@@ -1,7 +1,7 @@
 """What a practitioner would otherwise run: each at its best microbatch count and batch, priced by the same objective.
 
-Every baseline is a family of *uniform* plans: one strategy for all layers, and for the pipelined family the repeated layers
-divided evenly, the embedding with the first and the head with the last stage.
+Every baseline is a family of *uniform* plans: one strategy for all layers, and for the pipelined family the repeated
+layers divided evenly, the embedding with the first and the head with the last stage.
 """
 
 from __future__ import annotations
@@ -103,11 +103,11 @@ def _price(engine: Engine, family: _Family) -> Baseline:
             if uniform.peak_bytes > engine.problem.budget_bytes:
                 smallest = min(smallest or uniform, uniform, key=lambda u: u.peak_bytes)
             elif uniform.bound_s / candidate.global_batch < (best[0] * (1 - ROUNDING) if best else np.inf):
-                plan = _plan(engine, uniform)
-                assert plan.predicted is not None
-                per_sample = plan.predicted.step_time_s / plan.global_batch
-                if peak_bytes(plan) <= engine.problem.budget_bytes and (best is None or per_sample < best[0]):
-                    best = per_sample, plan
+                priced = _plan(engine, uniform)
+                assert priced.predicted is not None
+                per_sample = priced.predicted.step_time_s / priced.global_batch
+                if peak_bytes(priced) <= engine.problem.budget_bytes and (best is None or per_sample < best[0]):
+                    best = per_sample, priced
     plan = best[1] if best else _plan(engine, smallest) if smallest else None
     return Baseline(name=family.name, description=family.description, plan=plan, fits=best is not None)
 

@@ -5,13 +5,14 @@ Objective: seconds per sample, ``step time / global batch``; of equals fewer sta
 A candidate (batch B, microbatches m, stages P) passes through two bounds before it is solved:
 
 1. **rough**, without pricing anything: the pipeline has ``G`` seconds of matrix products per microbatch, at best
-   ``G = B / m * FLOP per sample / (devices per stage * highest rate)``. Stages ``g_1 ... g_P`` with sum ``G`` take at least
-   ``max over s of (m g_s + g_1 + ... + g_(s-1))``, which is least when all these are equal: ``G / (1 - (1 - 1/m)^P)``.
+   ``G = B / m * FLOP per sample / (devices per stage * highest rate)``. Stages ``g_1 ... g_P`` with sum ``G`` take at
+   least ``max over s of (m g_s + g_1 + ... + g_(s-1))``, which is least when all these are equal: ``G / (1 - (1 -
+   1/m)^P)``.
 2. **relaxed**: ``Pipeline.bound_s``, with layers in fractions and layouts for free.
 
-The candidate with the lowest bound is taken next, so when the lowest bound left is not below the best solution, that solution is
-the optimum of the whole space: the certificate. When a time limit or a signal stops the search, the lowest bound left is
-what is proven.
+The candidate with the lowest bound is taken next, so when the lowest bound left is not below the best solution, that
+solution is the optimum of the whole space: the certificate. When a time limit or a signal stops the search, the
+lowest bound left is what is proven.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import NamedTuple, TypeAlias
 
 from ..cost import sample_flops
 from ._assignment import Assigner
-from ._pipeline import Pipeline, Solution
+from ._partition import Solution
+from ._pipeline import Pipeline
 from ._pricing import PriceList, Prices, Problem
 from ._space import microbatch_counts, stage_counts
 from ._stage import ROUNDING
@@ -91,6 +93,7 @@ class Engine:
                 self._advance(heap)
         except Stop:
             stopped = True
+            self._last_effort(heap)
         open_bounds = [heap[0][0]] if stopped and heap else []
         chosen = self._best[1] if self._best else None
         return Outcome(
@@ -133,14 +136,29 @@ class Engine:
         if pipeline is None:
             heapq.heappop(heap)
             pipeline = self._refine(candidate)
-            if pipeline is not None:
-                heapq.heappush(heap, (max(bound, pipeline.bound_s / candidate.global_batch), candidate, pipeline))
-            return
-        found = pipeline.solve(self._limit(candidate.global_batch))  # stays in the heap until its proof is complete
-        heapq.heappop(heap)
+            if pipeline is None:
+                return
+            heapq.heappush(heap, (max(bound, pipeline.bound_s / candidate.global_batch), candidate, pipeline))
+            if self._best is not None:
+                return
+            # the first candidate that fits is solved at once: a search that is stopped early should have some plan
+        entry = next(entry for entry in heap if entry[2] is pipeline)
+        found = pipeline.solve(self._limit(candidate.global_batch))
+        heap.remove(entry)  # not before: until its proof is complete its bound is part of what is proven
+        heapq.heapify(heap)
         self._solved += 1
         if found is not None:
             self._keep(candidate, found)
+
+    def _last_effort(self, heap: list[_Entry]) -> None:
+        """After a stop: solve the most promising candidate of one stage, which takes some milliseconds."""
+        for _, candidate, pipeline in sorted(heap, key=lambda entry: entry[:2]):
+            if pipeline is not None and candidate.stages == 1:
+                pipeline.report = lambda best: None
+                found = pipeline.solve(self._limit(candidate.global_batch))
+                if found is not None:
+                    self._keep(candidate, found)
+                return
 
     def _refine(self, candidate: Candidate) -> Pipeline | None:
         """Price a candidate and bound it; None when it has no legal strategies or nothing fits or is fast enough."""

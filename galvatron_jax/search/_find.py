@@ -18,7 +18,7 @@ from ._plan_building import outcome_plan, peak_bytes
 from ._pricing import Problem
 from ._space import Limits, default_batches
 
-MAX_GLOBAL_BATCH = 10_000_000
+MAX_GLOBAL_BATCH = 1_000_000
 MAX_BATCHES = 64
 """Beyond these a batch list is a slip of the keyboard."""
 

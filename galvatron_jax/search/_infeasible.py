@@ -1,8 +1,8 @@
 """Nothing fits: by how much, and the smallest changes that would fit.
 
-The least memory of a plan is found without any times: for a (batch, microbatches, stages) every layer takes the option that
-lets the fullest stage be smallest. For one stage that is ``min over t of (sum over layers of least bytes with at most t live
-bytes) + t``; over the boundaries, the least maximum by dynamic programming.
+The least memory of a plan is found without any times: for a (batch, microbatches, stages) every layer takes the
+option that lets the fullest stage be smallest. For one stage that is ``min over t of (sum over layers of least bytes
+with at most t live bytes) + t``; over the boundaries, the least maximum by dynamic programming.
 """
 
 from __future__ import annotations
@@ -36,15 +36,24 @@ class _Miss(NamedTuple):
 
 
 def explain_infeasible(engine: Engine) -> InfeasibleError:
-    """Return the error for a problem in which nothing fits: the nearest miss, and the three smallest changes that would."""
+    """Return the error for a problem in which nothing fits: the nearest miss, and the smallest changes that would."""
     problem = engine.problem
+    if not engine.candidates():
+        return InfeasibleError(
+            f"none of the microbatch counts {list(problem.limits.microbatches or ())} divides a global batch of"
+            f" {list(engine.global_batches)}",
+            expected="a divisor",
+            where="--microbatches",
+            action="allow other counts, or choose another --global-batch",
+        )
     miss = _nearest_miss(engine)
     if miss is None:
         return InfeasibleError(
             f"no strategy is legal for global batches {list(engine.global_batches)} on {problem.cluster.mesh}"
             f" within the limits given",
             expected="a microbatch that the data-parallel ranks divide, or a tensor degree that divides the layers",
-            action=_changes_text(list(_legal_changes(engine))) or "allow other microbatch counts, tensor degrees or stages",
+            action=_changes_text(list(_legal_changes(engine)))
+            or "allow other microbatch counts, tensor degrees or stages",
         )
     batch, microbatches, stages = miss.candidate.global_batch, miss.candidate.microbatches, miss.candidate.stages
     where = f" on stage {miss.stage + 1} of {stages}" if stages > 1 else ""
@@ -70,8 +79,8 @@ def _changes_text(changes: list[str]) -> str:
 def _nearest_miss(engine: Engine) -> _Miss | None:
     """The candidate whose fullest stage is smallest.
 
-    More microbatches never need more memory, so of each (batch, stages) the largest count with legal strategies is tried,
-    and one microbatch too, where no gradients are accumulated.
+    More microbatches never need more memory, so of each (batch, stages) the largest count with legal strategies is
+    tried, and one microbatch too, where no gradients are accumulated.
     """
     best: _Miss | None = None
     groups: dict[tuple[int, int], list[Candidate]] = {}
@@ -93,7 +102,7 @@ def _least_peak(prices: Prices, candidate: Candidate) -> tuple[float, int]:
     stages, layers = candidate.stages, len(prices.order)
     rest = np.full(layers + 1, np.inf)
     rest[layers] = 0.0
-    tables = []
+    tables: list[tuple[Floats, Floats]] = []
     for s in range(stages - 1, -1, -1):
         table = _stage_peaks(prices, candidate, s)
         tables.insert(0, (table, rest))

@@ -1,4 +1,4 @@
-"""How many of each group's equal items take which option: a multiple-choice knapsack with identical items, solved exactly.
+"""How many of each group's equal items take which option: a multiple-choice knapsack, solved exactly.
 
     minimise    sum_g sum_i cost[g,i] x[g,i]
     subject to  sum_i x[g,i] = count[g]  for each group g,   sum_g sum_i bytes[g,i] x[g,i] <= capacity,   x integer >= 0
@@ -12,12 +12,12 @@ which equals the linear relaxation's optimum.
 ``D(p) + sum r x + p (capacity - bytes used)``. So for a solution below a limit, ``sum r x < limit - D(p)``: an option
 with a large reduced cost is taken a few times or never, and all assignments left can be listed.
 
-**Deepening.** The relaxed optimum splits one item between two options that tie; rounding it to the smaller one is feasible
-and costs at most the difference of the two. So a list up to that difference holds the optimum. The list is made for a part of
-that difference first: if it is not empty, its best entry is the optimum.
+**Deepening.** The relaxed optimum splits one item between two options that tie; rounding it to the smaller one is
+feasible and costs at most the difference of the two. So a list up to that difference holds the optimum. The list is
+made for a part of that difference first: if it is not empty, its best entry is the optimum.
 
-**Thinning.** When only the best assignment is wanted, a beginning that is neither cheaper nor smaller than another one of
-as many items can go.
+**Thinning.** When only the best assignment is wanted, a beginning that is neither cheaper nor smaller than another
+one of as many items can go.
 
 Complexity: the number of listed beginnings, in practice tens; at most the number of assignments.
 """
@@ -57,17 +57,6 @@ class Menu:
     def __post_init__(self) -> None:
         """Find the hull once: a menu serves many problems."""
         object.__setattr__(self, "slopes", _hull_slopes(self.cost, self.size))
-
-    def joined(self, other: Menu) -> Menu:
-        """Return the menu with the options of both."""
-        return Menu(*(np.concatenate(pair) for pair in zip(self._columns(), other._columns(), strict=True)))
-
-    def only(self, keep: npt.NDArray[np.bool_]) -> Menu:
-        """Return the menu with the options that ``keep`` marks."""
-        return Menu(*(column[keep] for column in self._columns()))
-
-    def _columns(self) -> tuple[Floats, Floats, Ints]:
-        return self.cost, self.size, self.ids
 
 
 @dataclass(frozen=True, slots=True)

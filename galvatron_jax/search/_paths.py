@@ -1,11 +1,14 @@
 """The step time of a pipeline and the chain of actions that decides it.
 
-The step time is the longest path through the schedule's graph (``cost.simulate``). A path passes ``a[s]`` forwards and ``b[s]``
-backwards of stage ``s``, crosses boundary ``s`` ``k[s]`` times and ends with the step end of one stage, so
+The step time is the longest path through the schedule's graph (``cost.simulate``). A path passes ``a[s]`` forwards
+and ``b[s]`` backwards of stage ``s``, crosses boundary ``s`` ``k[s]`` times and ends with the step end of one stage,
+so
 
-    step time = max over paths of  sum_s (a[s] forward[s] + b[s] backward[s] + c[s] step_end[s]) + sum_s k[s] transfer[s]
+    step time = max over paths of
+        sum_s (a[s] forward[s] + b[s] backward[s] + c[s] step_end[s]) + sum_s k[s] transfer[s]
 
-Each path is a linear lower bound on the step time of *every* plan with the same schedule. Complexity: O(stages * microbatches).
+Each path is a linear lower bound on the step time of *every* plan with the same schedule. Complexity: O(stages *
+microbatches).
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ class Path(NamedTuple):
 def bottleneck_path(stages: int, microbatches: int, bottleneck: int) -> Path:
     """Return the path that waits for one stage all the time, and ends with the step end of the first stage.
 
-    The first microbatch's forwards up to the stage, all its actions, the last microbatch's backwards back to the first stage.
+    The first microbatch's forwards up to the stage, all its actions, the last microbatch's backwards back to the
+    first stage.
     """
     weights = [Weights(1.0, 1.0, 0.0)] * bottleneck + [Weights(0.0, 0.0, 0.0)] * (stages - bottleneck)
     weights[bottleneck] = Weights(float(microbatches), float(microbatches), 0.0)
@@ -43,6 +47,9 @@ def longest_path(schedule: Schedule, stages: Sequence[StageChoice], transfer_s: 
         stages: The stages' times.
         transfer_s: Seconds of a message over each boundary, in either direction.
     """
+    if len(stages) == 1:
+        path = bottleneck_path(1, len(schedule[0]) // 2, 0)
+        return stages[0].cost(path.weights[0]), path
     ends, waits = _play(schedule, stages, transfer_s)
     finish = [ends[s][-1] + stage.step_end_s for s, stage in enumerate(stages)]
     last = max(range(len(stages)), key=lambda s: finish[s])

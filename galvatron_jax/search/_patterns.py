@@ -1,16 +1,18 @@
 """In which layouts a stage's layers may stand, in order: all patterns, the most promising first.
 
-A stage is runs of layers of one kind. A *pattern* gives each run a list of *stops*, the layouts (tp, sp) that its layers
-pass through; every stop holds at least one layer, and each change between neighbours costs a relayout.
+A stage is runs of layers of one kind. A *pattern* gives each run a list of *stops*, the layouts (tp, sp) that its
+layers pass through; every stop holds at least one layer, and each change between neighbours costs a relayout.
 
-**Bound.** Let ``h[k, l]`` be the least ``cost + p * bytes`` of a layer of run ``k`` in layout ``l`` at byte price ``p``.
-A pattern costs at least
+**Bound.** Let ``h[k, l]`` be the least ``cost + p * bytes`` of a layer of run ``k`` in layout ``l`` at byte price
+``p``. A pattern costs at least
 
-    sum over stops h[k, stop] + sum over runs (layers - stops) * min over the run's stops h[k, .] + relayouts - p * capacity
+    sum over stops h[k, stop] + sum over runs (layers - stops) * min over the run's stops h[k, .]
+    + relayouts - p * capacity
 
-(one layer in each stop, the others where they are cheapest). Patterns come in the order of this bound: a best-first search
-over beginnings, each valued at its own cost plus the cheapest way to go on (a shortest path over layouts, ``_Tour``). Nothing is
-assumed about relayout costs except that they are not negative: a detour through a third layout is a pattern like any other.
+(one layer in each stop, the others where they are cheapest). Patterns come in the order of this bound: a best-first
+search over beginnings, each valued at its own cost plus the cheapest way to go on (a shortest path over layouts,
+``_Tour``). Nothing is assumed about relayout costs except that they are not negative: a detour through a third layout
+is a pattern like any other.
 """
 
 from __future__ import annotations

@@ -2,22 +2,22 @@
 
     minimise the longest path of the schedule over boundaries and strategies, every stage within the memory budget
 
-The longest path is a maximum of linear functions (``_paths``), and for one linear function a stage's best strategies are known
-exactly (``_assignment``). So every path seen gives a *cut*: with ``phi[s](i, j)`` the least contribution of stage ``s`` when it
-holds the layers ``i`` to ``j``, any plan with boundaries ``c`` takes at least ``sum_s phi[s](c[s], c[s + 1])``.
+The longest path is a maximum of linear functions (``_paths``), and for one linear function a stage's best strategies
+are known exactly (``_assignment``). So every path seen gives a *cut*: with ``phi[s](i, j)`` the least contribution of
+stage ``s`` when it holds the layers ``i`` to ``j``, any plan with boundaries ``c`` takes at least ``sum_s
+phi[s](c[s], c[s + 1])``.
 
-**Boundaries** are searched depth first, from the first stage on. ``phi`` is bounded from below for all ``(i, j)`` at once
-(``_relaxation``), and so is what the remaining stages add, by dynamic programming over the position: for each cut a sum, and
-for the bottleneck paths together the recursion
+**Boundaries** are searched depth first, from the first stage on. ``phi`` is bounded from below for all ``(i, j)`` at
+once (``_relaxation``), and so is what the remaining stages add, by dynamic programming over the position: for each
+cut a sum, and for the bottleneck paths together the recursion
 
     V[s](i) = min over j of max(m g[s](i, j), g[s](i, j) + 2 transfer + V[s + 1](j)),   g = least forward + backward
 
 A beginning whose bound reaches the best step time known is left.
 
-**Strategies** for complete boundaries (``_Partition``): take the best choice of each stage for the cut with the highest bound, play
-the schedule, add its longest path as a new cut, and repeat until a bound meets the best time or nothing new appears. Then
-branch: list all choices of one stage that no known bound excludes, fix each in turn, and go on. Every leaf is played exactly,
-so the result is the optimum.
+**Strategies** for complete boundaries: ``_partition``.
+
+Complexity: the bounds take O(stages * layers^2) for each cut; the search visits the boundaries that the bounds leave.
 """
 
 from __future__ import annotations
@@ -31,27 +31,18 @@ from ..plan import ScheduleName
 from ..schedule import Schedule, build_schedule, in_flight_microbatches
 from ._assignment import Assigner
 from ._knapsack import Floats
-from ._paths import Path, bottleneck_path, longest_path
+from ._partition import Partition, Solution
+from ._paths import Path
 from ._pricing import Prices, message_buffers
-from ._stage import ROUNDING, Span, StageChoice, Weights
+from ._stage import ROUNDING, Span, Weights
 
 SCHEDULE: ScheduleName = "1f1b"
 MAX_CUTS = 24
 """Cuts kept for the boundaries; further ones serve only the partition that they come from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Solution:
-    """Boundaries and strategies of one pipeline."""
-
-    step_time_s: float
-    boundaries: tuple[int, ...]
-    """First layer of each stage, then the number of layers."""
-    choices: tuple[StageChoice, ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class _Cut:
+class Cut:
     """One path as a bound for every position of the boundaries."""
 
     path: Path
@@ -75,7 +66,7 @@ class Pipeline:
     """Step time that a solution must stay below."""
     _layers: int = field(init=False)
     _schedule: Schedule = ()
-    _cuts: list[_Cut] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
     _pairs: list[Floats] = field(init=False)
     _joint: list[Floats] = field(init=False)
     _first: tuple[Floats, Floats] = field(init=False)
@@ -91,7 +82,7 @@ class Pipeline:
     @property
     def bound_s(self) -> float:
         """No choice of boundaries and strategies takes less."""
-        return max([float(self._joint[0][0])] + [float(cut.rest[0][0]) for cut in self._cuts])
+        return max([float(self._joint[0][0])] + [float(cut.rest[0][0]) for cut in self.cuts])
 
     @property
     def schedule(self) -> Schedule:
@@ -105,7 +96,7 @@ class Pipeline:
         self.limit, best = limit, None
         for boundaries in self._boundaries():
             self.report(best)
-            found = _Partition(self, boundaries).solve(best)
+            found = Partition(self, boundaries).solve(best)
             if found is not None:
                 self.limit, best = found.step_time_s, found
         return best
@@ -131,14 +122,14 @@ class Pipeline:
 
     def learn(self, path: Path) -> None:
         """Use a path as a bound for all boundaries."""
-        if len(self._cuts) < MAX_CUTS and all(cut.path != path for cut in self._cuts):
+        if len(self.cuts) < MAX_CUTS and all(cut.path != path for cut in self.cuts):
             least = [self._least(s, weights) for s, weights in enumerate(path.weights)]
             for s, crossings in enumerate(path.crossings):
                 least[s] = least[s] + crossings * self._transfer(s)
             rest = [_end(self._layers)]
             for phi in reversed(least):
                 rest.insert(0, (phi + rest[0]).min(axis=1))
-            self._cuts.append(_Cut(path, least, rest))
+            self.cuts.append(Cut(path, least, rest))
 
     def _boundaries(self) -> Iterator[tuple[int, ...]]:
         """Yield boundaries whose bound is below the limit, depth first, the most promising next stage first."""
@@ -164,7 +155,7 @@ class Pipeline:
         """Bound by the end of the next stage, when the stages before begin at ``cuts``."""
         stage, at = len(cuts) - 1, cuts[-1]
         bounds = self._joint_bounds(cuts, stage, at)
-        for cut in self._cuts:
+        for cut in self.cuts:
             before = sum(cut.least[s][cuts[s], cuts[s + 1]] for s in range(stage))
             np.maximum(bounds, before + cut.least[stage][at] + cut.rest[stage + 1], out=bounds)
         return bounds
@@ -174,7 +165,7 @@ class Pipeline:
         m = float(self.microbatches)
         after = self._after(stage, self._joint[stage + 1])
         if stage == 0:
-            return np.maximum(self._first[0][at], self._first[1][at] + after)
+            return np.asarray(np.maximum(self._first[0][at], self._first[1][at] + after))
         bounds = np.full(self._layers + 1, float(self._first[0][0, cuts[1]]))
         spent = float(self._first[1][0, cuts[1]] + 2 * self._transfer(0)[cuts[1]])
         for s in range(1, stage):
@@ -182,7 +173,7 @@ class Pipeline:
             np.maximum(bounds, spent + m * pair, out=bounds)
             spent += pair + 2 * float(self._transfer(s)[cuts[s + 1]])
         pairs = self._pairs[stage][at]
-        return np.maximum(bounds, spent + np.maximum(m * pairs, pairs + after))
+        return np.asarray(np.maximum(bounds, spent + np.maximum(m * pairs, pairs + after)))
 
     def _joint_rest(self) -> list[Floats]:
         """``V`` of the module's docstring by stage; stage 0 with its step end."""
@@ -197,7 +188,7 @@ class Pipeline:
         """What follows a stage's own pair on the way to a later bottleneck, by the stage's end."""
         if stage == self.stages - 1:
             return np.where(np.isinf(rest), np.inf, 0.0)
-        return rest + 2 * self._transfer(stage)
+        return np.asarray(rest + 2 * self._transfer(stage))
 
     def _transfer(self, stage: int) -> Floats:
         """Seconds of a message from ``stage`` to the next one, by the first layer of the next one."""
@@ -219,96 +210,3 @@ def _end(layers: int) -> Floats:
     rest = np.full(layers + 1, np.inf)
     rest[layers] = 0.0
     return rest
-
-
-@dataclass(slots=True, eq=False)
-class _Partition:
-    """Fixed boundaries: the best strategies of all stages together."""
-
-    pipeline: Pipeline
-    boundaries: tuple[int, ...]
-    spans: list[Span] = field(init=False)
-    transfer_s: list[float] = field(init=False)
-    paths: list[Path] = field(init=False)
-    best: Solution | None = None
-
-    def __post_init__(self) -> None:
-        """Begin with the bottleneck paths, and with the cuts known for all boundaries."""
-        stages, m = self.pipeline.stages, self.pipeline.microbatches
-        self.spans = [self.pipeline.span(s, self.boundaries) for s in range(stages)]
-        self.transfer_s = self.pipeline.transfers(self.boundaries)
-        self.paths = [bottleneck_path(stages, m, s) for s in range(stages)]
-        self.paths += [cut.path for cut in self.pipeline._cuts]
-
-    def solve(self, known: Solution | None) -> Solution | None:
-        """Return the best solution below the pipeline's limit, which ``known`` has set, or None."""
-        self.best = known
-        self._search({})
-        return self.best if self.best is not known else None
-
-    def _search(self, fixed: dict[int, StageChoice]) -> None:
-        """Close the gap between bound and best time by new cuts, then branch over the choices of one stage."""
-        seen: set[tuple[StageChoice, ...]] = set()
-        while True:
-            self.pipeline.report(self.best)
-            bounds = [self._bound(path, fixed) for path in self.paths]
-            leader = max(range(len(bounds)), key=bounds.__getitem__)
-            if bounds[leader] >= self.pipeline.limit * (1 - ROUNDING):
-                return
-            chosen = [self._choice(s, self.paths[leader], fixed) for s in range(len(self.spans))]
-            choices = tuple(choice for choice in chosen if choice is not None)
-            path = self._play(choices)
-            if choices in seen or path in self.paths:
-                break
-            seen.add(choices)
-            self.paths.append(path)
-            self.pipeline.learn(path)
-        if len(fixed) < len(self.spans) and bounds[leader] < self.pipeline.limit * (1 - ROUNDING):
-            self._branch(fixed, choices, path)
-
-    def _branch(self, fixed: dict[int, StageChoice], choices: tuple[StageChoice, ...], path: Path) -> None:
-        """Fix every choice of one stage that may be part of a better solution, the most promising first."""
-        free = [s for s in range(len(self.spans)) if s not in fixed]
-        stage = max(free, key=lambda s: choices[s].cost(path.weights[s]) - self._least(s, path, fixed))
-        options = self._options(stage, fixed)
-        ranked = sorted(
-            ((max(self._bound(p, {**fixed, stage: option}) for p in self.paths), i) for i, option in enumerate(options))
-        )
-        for bound, i in ranked:
-            if bound < self.pipeline.limit * (1 - ROUNDING):
-                self._search({**fixed, stage: options[i]})
-
-    def _options(self, stage: int, fixed: dict[int, StageChoice]) -> list[StageChoice]:
-        """All choices of a stage that no known path excludes."""
-        allowed = []
-        for path in self.paths:
-            if max(path.weights[stage]) > 0:
-                least = self._least(stage, path, {})
-                spare = self.pipeline.limit - self._bound(path, fixed)
-                allowed.append((spare / least if least else np.inf, path.weights[stage], least + spare))
-        _, weights, most = min(allowed)
-        found = self.pipeline.assigner.within(self.spans[stage], weights, most)
-        return [c for c in found if all(c.cost(w) <= top * (1 + ROUNDING) for _, w, top in allowed)]
-
-    def _play(self, choices: tuple[StageChoice, ...]) -> Path:
-        """Run the schedule, keep the solution if it is better, and return its longest path."""
-        time_s, path = longest_path(self.pipeline.schedule, choices, self.transfer_s)
-        if time_s < self.pipeline.limit:
-            self.pipeline.limit = time_s
-            self.best = Solution(time_s, self.boundaries, choices)
-        return path
-
-    def _bound(self, path: Path, fixed: dict[int, StageChoice]) -> float:
-        stages = sum(self._least(s, path, fixed) for s in range(len(self.spans)))
-        return stages + sum(k * t for k, t in zip(path.crossings, self.transfer_s, strict=True))
-
-    def _least(self, stage: int, path: Path, fixed: dict[int, StageChoice]) -> float:
-        """Least contribution of a stage to a path; infinite when nothing fits."""
-        choice = self._choice(stage, path, fixed)
-        return np.inf if choice is None else choice.cost(path.weights[stage])
-
-    def _choice(self, stage: int, path: Path, fixed: dict[int, StageChoice]) -> StageChoice | None:
-        if stage in fixed:
-            return fixed[stage]
-        unit, _ = path.weights[stage].normalised()
-        return self.pipeline.assigner.cheapest(self.spans[stage], unit)

@@ -1,8 +1,9 @@
 """Prices: every legal strategy of every layer kind as rows of numbers, made once per stage size and microbatch.
 
-A layer's cost depends on the devices of its stage, the samples of a microbatch and whether gradients accumulate, but not
-on where in the pipeline the stage stands; so one table serves all stages, stage counts and microbatch counts that agree in
-these. A strategy that another one of the same layout beats or equals in every number can never be missed, so it is dropped.
+A layer's cost depends on the devices of its stage, the samples of a microbatch and whether gradients accumulate, but
+not on where in the pipeline the stage stands; so one table serves all stages, stage counts and microbatch counts that
+agree in these. A strategy that another one of the same layout beats or equals in every number can never be missed, so
+it is dropped.
 """
 
 from __future__ import annotations
@@ -179,7 +180,9 @@ def _kind_prices(
     ).reshape(-1, 6)
     keep = np.flatnonzero(undominated(rows, layout))
     every = dict(zip(choices, rows, strict=True))
-    return KindPrices(kind.name, tuple(choices[i] for i in keep), layout[keep], *rows[keep].T.copy(), every)
+    forward, backward, step_end, state, residual, live = rows[keep].T.copy()
+    kept = tuple(choices[i] for i in keep)
+    return KindPrices(kind.name, kept, layout[keep], forward, backward, step_end, state, residual, live, every)
 
 
 def undominated(rows: Floats, group: Ints) -> npt.NDArray[np.bool_]:

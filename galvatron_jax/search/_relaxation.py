@@ -1,12 +1,12 @@
 """Lower bounds on the cost of many stages at once: layouts for free, fractions of layers allowed.
 
-With ``A[k](p, t) = min over options of kind k that need at most t live bytes of (cost + p * bytes)``, a stage with ``n[k]``
-layers of kind ``k``, ``room`` bytes and largest live layer ``t`` costs at least
+With ``A[k](p, t) = min over options of kind k that need at most t live bytes of (cost + p * bytes)``, a stage with
+``n[k]`` layers of kind ``k``, ``room`` bytes and largest live layer ``t`` costs at least
 
     max over p of  sum_k n[k] A[k](p, t) - p (room - t)
 
-for every byte price ``p >= 0`` (Lagrangian duality). ``A`` is tabulated once for the prices at which two options of a kind tie
-and for all live thresholds; a bound is then one matrix product.
+for every byte price ``p >= 0`` (Lagrangian duality). ``A`` is tabulated once for the prices at which two options of a
+kind tie and for all live thresholds; a bound is then one matrix product.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Relaxation:
         return np.where(at < 0, np.inf, bounds)
 
     def _bounds(self, counts_SK: Floats, at: Ints, left: Floats) -> Floats:
-        """Bounds by (stage, threshold), for columns ``at`` of the tables and the room ``left`` beside the live layer."""
+        """Bounds by (stage, threshold), for columns ``at`` of the tables and room ``left`` beside the live layer."""
         kinds, prices, _ = self.least_KPT.shape
         total = (counts_SK @ self.least_KPT[:, :, at].reshape(kinds, -1)).reshape(-1, prices, len(at))
         total -= self.prices[:, None] * left

@@ -42,11 +42,11 @@ def result_lines(result: SearchResult, model: ModelProfile, hardware: HardwarePr
 
 def plan_lines(plan: Plan, model: ModelProfile | None, hardware: HardwareProfile | None) -> list[Line]:
     """Return what runs where: one row for each run of layers."""
-    stages = f"{len(plan.stages)} stages" if len(plan.stages) > 1 else "1 stage"
+    stages = _many(len(plan.stages), "stage")
     header = labelled(
         "plan",
-        Piece(f"global batch {plan.global_batch} · {stages} of {plan.stages[0].devices} GPU(s)", "bold"),
-        f" · {plan.microbatches} microbatch(es) of {plan.microbatch_size}",
+        Piece(f"global batch {plan.global_batch} · {stages} of {_many(plan.stages[0].devices, 'GPU')}", "bold"),
+        f" · {_many(plan.microbatches, 'microbatch')} of {_many(plan.microbatch_size, 'sample')}",
         f" · {plan.schedule} schedule" if len(plan.stages) > 1 else "",
     )
     priced = model is not None and hardware is not None
@@ -82,7 +82,9 @@ def prediction_lines(plan: Plan) -> list[Line]:
             f" · MFU {predicted.mfu:.1%} (causal attention counted half)",
         ),
         labelled("", " " + "  ".join(f"{_words(name)} {t / predicted.step_time_s:.1%}" for name, t in shares if t > 0)),
-        labelled("memory", f" peak {format_gib(peak)}" + (f" of {format_gib(budget)} per GPU" if budget else " per GPU")),
+        labelled(
+            "memory", f" peak {format_gib(peak)}" + (f" of {format_gib(budget)} per GPU" if budget else " per GPU")
+        ),
         *table(
             ["stage", *MEMORY_COLUMNS, "peak"],
             [
@@ -106,7 +108,9 @@ def baseline_lines(plan: Plan, baselines: Sequence[Baseline]) -> list[Line]:
             )
         else:
             needs = f"does not fit: needs {format_gib(baseline.peak_bytes or 0)} ({baseline.description})"
-            rows.append([baseline.name, f"{baseline.plan.global_batch}", "-", "-", "-", _gib(baseline.peak_bytes or 0), needs])
+            rows.append(
+                [baseline.name, f"{baseline.plan.global_batch}", "-", "-", "-", _gib(baseline.peak_bytes or 0), needs]
+            )
     header = ["beside it", "batch", "s/step", "tokens/s", "speed", "peak GiB", ""]
     return table(header, rows, indent=0)
 
@@ -119,7 +123,8 @@ def proof_line(result: SearchResult) -> Line:
         verdict = Piece("optimal in the stated space", "green")
     else:
         verdict = Piece(f"within {certificate.gap:.2%} of the optimum (stopped early)", "yellow")
-    counts = f" · {result.solved} of {result.candidates} (batch, microbatches, stages) solved, the others excluded by bounds"
+    counts = f" · {result.solved} of {result.candidates} combinations of batch, microbatches and stages solved, bounds"
+    counts += " exclude the others"
     return labelled("proof", verdict, counts if certificate.optimal else "", f" · {result.search_s:.1f} s")
 
 
@@ -186,3 +191,8 @@ def _gib(size_bytes: float) -> str:
 
 def _words(name: str) -> str:
     return clean(name.replace("_", " "))
+
+
+def _many(count: int, word: str) -> str:
+    plural = "es" if word.endswith("ch") else "s"
+    return f"{count} {word}" if count == 1 else f"{count} {word}{plural}"

@@ -5,8 +5,8 @@ A plan of version 1 is chosen from
 * a global batch of the list that the user gave, and a microbatch count ``m`` that divides it;
 * a number of pipeline stages ``P`` that divides the device list into whole nodes or even parts of a node, with any
   boundaries between layers (1F1B schedule; every stage holds at least one layer);
-* for each layer a strategy: ``tp * dp`` is the number of devices of the stage, with or without ``sp``, ZeRO 0-3, with or
-  without full remat; ``plan.strategy_violations`` decides which are legal.
+* for each layer a strategy: ``tp * dp`` is the number of devices of the stage, with or without ``sp``, ZeRO 0-3, with
+  or without full remat; ``plan.strategy_violations`` decides which are legal.
 
 Embedding and head are layers like the others.
 """

@@ -1,8 +1,8 @@
 """One stage: what it holds, the strategies chosen for it, and the choices under one threshold of live bytes.
 
-``Case`` is the stage with the largest live layer fixed to at most ``threshold`` bytes: options that need more are left out,
-``threshold`` is taken off the capacity, and what remains are patterns of layouts (``_patterns``) with one knapsack each
-(``_knapsack``).
+``Case`` is the stage with the largest live layer fixed to at most ``threshold`` bytes: options that need more are
+left out, ``threshold`` is taken off the capacity, and what remains are patterns of layouts (``_patterns``) with one
+knapsack each (``_knapsack``).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class StageChoice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Board:
-    """The options of every kind under one objective and number of in-flight microbatches, with the menus made so far."""
+    """The options of every kind under one objective and number of in-flight microbatches."""
 
     prices: Prices
     weights: Weights
@@ -171,9 +171,7 @@ class Case:
         return best
 
     def all(self, limit: float) -> list[StageChoice]:
-        """Return the choices that cost at most ``limit``; those beaten in all three times by others of the same pattern are
-        left out.
-        """
+        """Return the choices that cost at most ``limit``, without those that others of the same pattern beat."""
         near = itertools.takewhile(lambda pattern: pattern.bound <= limit + self._slack(limit), self.patterns())
         return [choice for pattern in near for choice in self._all(pattern, limit)]
 
@@ -240,7 +238,11 @@ class Case:
             owners += [(slot.run, int(row)) for row in rows]
         times = found.counts @ np.concatenate(tables, axis=1).T + np.append(moves, 0.0)
         kept = range(1) if len(times) == 1 else np.flatnonzero(undominated(times, np.zeros(len(times), np.int64)))
-        return [StageChoice(*times[i].tolist(), self._runs(pattern, owners, found.counts[i])) for i in kept]
+        return [
+            StageChoice(float(times[i, 0]), float(times[i, 1]), float(times[i, 2]), runs)
+            for i in kept
+            for runs in [self._runs(pattern, owners, found.counts[i])]
+        ]
 
     def _runs(self, pattern: Pattern, owners: list[tuple[int, int]], counts: Ints) -> tuple[tuple[int, int, int], ...]:
         """Put the layers of one assignment in order: run by run, stop by stop."""

@@ -1,7 +1,7 @@
 """Lines of text with a little style: plain and aligned in a pipe, coloured on a terminal.
 
-Text from documents (model, kind and file names) comes from strangers: control characters are removed, and nothing is read as
-markup, because styles are attached to pieces of text and not written into them.
+Text from documents (model, kind and file names) comes from strangers: control characters are removed, and nothing is
+read as markup, because styles are attached to pieces of text and not written into them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1
     """
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[c]) for row in cells) for c in range(len(header))]
-    lines = []
+    lines: list[Line] = []
     for r, row in enumerate(cells):
         parts = [
             cell.ljust(width) if c < left or not header[c] else cell.rjust(width)
