@@ -143,14 +143,15 @@ def _pattern(path: str) -> str:
 
 def matmul_flops(equation: Equation) -> int:
     """Return the FLOP of a matrix product or convolution (2 per multiply-add), 0 for any other equation."""
-    made = math.prod(equation.outputs[0].aval.shape) if equation.outputs else 0
+    if equation.name not in ("dot_general", "conv_general_dilated"):
+        return 0
+    numbers = equation.eqn.params["dimension_numbers"]
+    left, right, made = (abstract(v.aval).shape for v in [*equation.inputs, *equation.outputs])
     if equation.name == "dot_general":
-        (contracted, _), _ = equation.eqn.params["dimension_numbers"]
-        return 2 * made * math.prod(equation.inputs[0].aval.shape[dim] for dim in contracted)
-    if equation.name == "conv_general_dilated":
-        kernel, features = equation.inputs[1].aval.shape, equation.eqn.params["dimension_numbers"].rhs_spec[0]
-        return 2 * made * math.prod(kernel) // max(1, kernel[features])
-    return 0
+        summed = [left[dim] for dim in numbers[0][0]]
+    else:
+        summed = [size for dim, size in enumerate(right) if dim != numbers.rhs_spec[0]]
+    return 2 * math.prod(made) * math.prod(summed)
 
 
 # ------------------------------------------------------------------------------------------------- pieces to segments

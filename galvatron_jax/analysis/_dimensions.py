@@ -136,6 +136,7 @@ class Walk:
         self.ops: list[Op] = []
         self.unknown: Counter[str] = Counter()
         self.depth = 0
+        self.scope = ""
 
     def fresh(self, aval: Any, *, blocked: bool = False) -> Value:
         """Return a value whose dimensions nothing is known about."""
@@ -153,7 +154,8 @@ class Walk:
             return self.fresh(atom.aval) if isinstance(atom, Literal) else values[atom]
 
         for equation in program.equations:
-            op = Op(equation.name, [read(v) for v in equation.inputs], equation.scope, times, self.depth > 0)
+            scope = self.scope + equation.scope
+            op = Op(equation.name, [read(v) for v in equation.inputs], scope, times, self.depth > 0)
             avals = [v.aval for v in equation.outputs]
             dims = self._apply(Rule(self.factors, op, equation.eqn.params, avals, self), called_program(equation.eqn))
             op.outputs = [Value(tuple(a.shape), str(a.dtype), d) for a, d in zip(avals, dims, strict=True)]
@@ -172,7 +174,10 @@ class Walk:
     def _apply(self, rule: Rule, called: ClosedJaxpr | Jaxpr | None) -> list[list[Dim]]:
         function = RULES.get(rule.op.name)
         if function is not None:
-            return function(rule)
+            outer, self.scope = self.scope, rule.op.scope
+            dims = function(rule)
+            self.scope = outer
+            return dims
         if called is not None:
             return [value.dims for value in self.run_inner(called, rule.inputs, rule.op.times)]
         self.unknown[rule.op.name] += 1

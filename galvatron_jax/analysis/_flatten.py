@@ -87,15 +87,17 @@ def is_call(eqn: JaxprEqn) -> bool:
     return eqn.primitive.name != "scan" and called_program(eqn) is not None
 
 
-def flatten(closed: ClosedJaxpr, descend: Descend) -> Program:
+def flatten(closed: ClosedJaxpr, descend: Descend, *, weights: int = 0) -> Program:
     """Return ``closed`` as a flat program.
 
     Args:
         closed: The traced program.
         descend: Which calls and scans to open (``holds_marks`` or ``is_call``); all others stay one equation.
+        weights: How many of the first inputs are trained weights. A scan is opened only when it runs over stacked
+            weights: over layers, not over time.
     """
-    builder = _Builder(descend)
     inputs = [Variable(v.aval) for v in closed.jaxpr.invars]
+    builder = _Builder(descend, inputs[:weights])
     outputs = builder.run(closed, inputs, "", lambda scope: scope)
     return Program(builder.equations, inputs, outputs, builder.constants)
 
@@ -103,8 +105,10 @@ def flatten(closed: ClosedJaxpr, descend: Descend) -> Program:
 class _Builder:
     """Appends equations while it walks nested programs."""
 
-    def __init__(self, descend: Descend) -> None:
+    def __init__(self, descend: Descend, weights: Sequence[Variable]) -> None:
         self.descend = descend
+        self.weights = set(weights)
+        """Values made from weights alone."""
         self.equations: list[Equation] = []
         self.constants: dict[Variable, Any] = {}
 
@@ -126,14 +130,22 @@ class _Builder:
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]) -> Sequence[Atom]:
-        if self.descend(eqn):
-            if eqn.primitive.name == "scan":
+        if eqn.primitive.name == "scan":
+            if self._is_over_layers(eqn, inputs) and self.descend(eqn):
                 return self._unroll(eqn, inputs, scope, rename)
+        elif self.descend(eqn):
             program = called_program(eqn) or next(inner_programs(eqn))  # jit keeps its program in one parameter
             return self.run(program, inputs, scope, rename)
         outputs = [Variable(v.aval) for v in eqn.outvars]
         self.equations.append(Equation(eqn, inputs, outputs, scope))
+        read = [v for v in inputs if isinstance(v, Variable)]
+        if read and self.weights.issuperset(read):
+            self.weights.update(outputs)
         return outputs
+
+    def _is_over_layers(self, eqn: JaxprEqn, inputs: Sequence[Atom]) -> bool:
+        stacked = inputs[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+        return any(v in self.weights for v in stacked)
 
     def _unroll(self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]) -> list[Atom]:
         """Write a scan over layers as its iterations; slices and stacks are ordinary equations."""

@@ -67,7 +67,7 @@ def analyse_model(model: Any, loss: Loss, batch: Any, *, name: str = "model", so
         AnalysisError: the model or loss cannot be traced.
     """
     trace = trace_loss(abstract_model(model), loss, batch)
-    cut = cut_layers(flatten(trace.program, holds_marks))
+    cut = cut_layers(flatten(trace.program, holds_marks, weights=len(trace.paths)))
     kinds = _analyse_kinds(trace, cut)
     return Analysis(trace, cut, kinds, _profile(name, source, trace, cut, kinds))
 
@@ -75,20 +75,28 @@ def analyse_model(model: Any, loss: Loss, batch: Any, *, name: str = "model", so
 def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
     paths = parameter_paths(trace, cut)
     trained = trained_variables(cut, set(paths))
+    differentiated = _positions(cut, trained)
     names = _batch_names(trace, cut)
     kinds: dict[str, AnalysedKind] = {}
     for segment in cut.segments:
         if segment.kind not in kinds:
-            kinds[segment.kind] = _analyse_kind(segment, paths, trained, names)
+            kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names)
         _hand_down(segment, kinds[segment.kind], names)
     return kinds
 
 
+def _positions(cut: Cut, trained: set[Variable]) -> dict[str, list[int]]:
+    """Inputs of each kind that need a cotangent in any of its layers (the first layer may read plain data)."""
+    found: dict[str, set[int]] = {}
+    for segment in cut.segments:
+        found.setdefault(segment.kind, set()).update(i for i, v in enumerate(segment.inputs) if v in trained)
+    return {kind: sorted(positions) for kind, positions in found.items()}
+
+
 def _analyse_kind(
-    segment: Segment, paths: dict[Variable, str], trained: set[Variable], names: VariableNames
+    segment: Segment, paths: dict[Variable, str], differentiated: list[int], names: VariableNames
 ) -> AnalysedKind:
     parameters = [i for i, v in enumerate(segment.inputs) if v in paths]
-    differentiated = [i for i, v in enumerate(segment.inputs) if v in trained]
     layer = analyse_layer(segment, parameters, differentiated)
     given = {i: names[v] for i, v in enumerate(segment.inputs) if v in names and i not in parameters}
     class_names = name_classes(layer, given)

@@ -153,5 +153,5 @@ def test_segments_in_order_have_loss_gradients_and_state_of_the_original(name: s
 def test_dropout_is_on_in_the_cut_program() -> None:
     """So that the test above says something about random numbers and state."""
     analysis = analyse(SMALL_MODELS["dropout"]())
-    assert "random_bits" in {equation.name for equation in analysis.cut.source.equations}
+    assert "random_fold_in" in {equation.name for equation in analysis.cut.source.equations}
     assert len(analysis.cut.source.outputs) == 1 + len(jax.tree.leaves(analysis.trace.state)) > 1

@@ -1,0 +1,201 @@
+"""Tensor-parallel candidates: the choices of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053) are derived."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from galvatron_jax.analysis import AnalysedKind, analyse_model
+from galvatron_jax.analysis._candidates import class_sets
+from galvatron_jax.profile import Candidate, Collective
+from tests.support.small_models import (
+    BATCH,
+    SEQ,
+    SMALL_MODELS,
+    WIDTH,
+    SmallModel,
+    perceptrons,
+    regression,
+    small_llama,
+    stack,
+    transformers,
+)
+
+
+def kind_of(model: SmallModel, name: str) -> AnalysedKind:
+    return analyse_model(model.build, model.loss, model.abstract_batch).kinds[name]
+
+
+def best(model: SmallModel, name: str) -> Candidate:
+    return kind_of(model, name).profile.candidates[0]
+
+
+def counted(collectives: tuple[Collective, ...] | None) -> Counter[tuple[str, str, tuple[str, ...]]]:
+    """How many collectives of each (phase, kind, classes)."""
+    assert collectives is not None
+    counts: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
+    for item in collectives:
+        counts[item.phase, item.kind, item.array.classes] += item.array.count
+    return counts
+
+
+STREAM = ("batch", "embed", "seq")
+
+# --------------------------------------------------------------------------------------------------- Megatron's choices
+# Reduced in the backward pass without merging: one cotangent of the stream for each product that reads it.
+MEGATRON: dict[str, tuple[Callable[..., SmallModel], str, set[str], int, int]] = {
+    "llama with groups": (functools.partial(small_llama, heads=8, kv_heads=4), "layers.*", {"heads", "mlp"}, 2, 5),
+    "llama": (functools.partial(small_llama, heads=4, kv_heads=4), "layers.*", {"heads", "mlp"}, 2, 5),
+    "transformer": (transformers, "blocks.*", {"heads", "mlp"}, 2, 4),
+    "perceptron": (perceptrons, "blocks.*", {"mlp"}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", MEGATRON)
+def test_best_candidate_of_a_block_is_megatrons(name: str) -> None:
+    build, kind, classes, forward, backward = MEGATRON[name]
+    found = best(build(), kind)
+    assert set(found.classes) == classes
+    assert found.flops_share == pytest.approx(1)
+    assert counted(found.tensor) == {
+        ("forward", "all-reduce", STREAM): forward,
+        ("backward", "all-reduce", STREAM): backward,
+    }
+
+
+def test_one_kv_head_is_kept_whole_and_its_cotangents_are_reduced() -> None:
+    """Multi-query attention: the query heads are sharded, every device has the only key and value."""
+    found = best(small_llama(heads=4, kv_heads=1, embed=32, mlp=48), "layers.*")
+    assert set(found.classes) == {"group", "mlp"}
+    # Of 32 * (32 + 8 + 8 + 32) + 3 * 32 * 48 weights and 2 * 16 * 32 elements of products of scores, k and v are whole.
+    total = 32 * (32 + 8 + 8 + 32) + 3 * 32 * 48 + 2 * SEQ * 32
+    assert found.flops_share == pytest.approx(1 - 32 * (8 + 8) / total)
+    counts = counted(found.tensor)
+    assert counts["backward", "all-reduce", ("batch", "head_dim", "seq")] == 1
+    assert counts["backward", "all-reduce", ("batch", "head_dim2", "seq")] == 1
+    assert counts["backward", "all-reduce", STREAM] == 3
+
+
+def test_merged_sums_leave_megatrons_two_and_two() -> None:
+    merged: Counter[str] = Counter()
+    for item in best(small_llama(heads=4, kv_heads=4), "layers.*").tensor:
+        merged[item.phase] += item.merged_count
+    assert merged == {"forward": 2, "backward": 2}
+
+
+def test_sequence_parallelism_scatters_what_it_reduced_and_gathers_before_products() -> None:
+    found = best(transformers(), "blocks.*")
+    counts = counted(found.sequence)
+    assert counts["forward", "reduce-scatter", STREAM] == 2
+    assert counts["forward", "all-gather", STREAM] == 2
+    assert not any(kind == "all-reduce" and classes == STREAM for _, kind, classes in counts)
+
+
+def test_degree_divides_all_classes() -> None:
+    assert best(small_llama(heads=8, kv_heads=4, mlp=48), "layers.*").max_degree == 4
+    assert best(small_llama(heads=8, kv_heads=8, embed=64, mlp=36), "layers.*").max_degree == 4
+    assert best(perceptrons(mlp=60), "blocks.*").max_degree == 60
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["embed", "head"])
+def test_vocabulary_is_the_candidate_of_embed_and_head(kind: str, tied: bool) -> None:
+    found = best(small_llama(tied=tied), kind)
+    assert found.classes == ("vocab",)
+    assert found.flops_share == 1
+
+
+def test_sharded_vocabulary_reduces_only_tokens_in_the_loss() -> None:
+    counts = counted(best(small_llama(), "head").tensor)
+    assert counts == {("forward", "all-reduce", ("batch", "seq")): 3, ("backward", "all-reduce", STREAM): 1}
+
+
+# ---------------------------------------------------------------------------------------------------------- equal sizes
+def test_equal_sizes_do_not_confuse_classes() -> None:
+    equal = small_llama(batch=32, seq=32, embed=32, heads=4, kv_heads=4, mlp=32, vocab=32)
+    profile = analyse_model(equal.build, equal.loss, equal.abstract_batch).profile
+    other = small_llama(embed=64, heads=4, kv_heads=4, mlp=80, vocab=96)
+    expected = analyse_model(other.build, other.loss, other.abstract_batch).profile
+    for a, b in zip(profile.kinds, expected.kinds, strict=True):
+        assert [p.dims for p in a.parameters] == [p.dims for p in b.parameters]
+        assert [_without_share(c) for c in a.candidates] == [_without_share(c) for c in b.candidates]
+        assert set(a.residuals) == set(b.residuals)
+
+
+def _without_share(candidate: Candidate) -> tuple[object, ...]:
+    return candidate.classes, candidate.tensor, candidate.sequence
+
+
+def test_heads_equal_to_positions_stay_apart() -> None:
+    found = kind_of(transformers(heads=SEQ, width=64), "blocks.*")
+    sizes = found.profile.classes
+    assert sizes["heads"] == sizes["seq"] == SEQ
+    assert set(found.profile.candidates[0].classes) == {"heads", "mlp"}
+
+
+# ------------------------------------------------------------------------------------------------------------ not legal
+def test_minor_class_of_a_fused_weight_is_not_offered() -> None:
+    found = kind_of(SMALL_MODELS["fused qkv"](), "blocks.*")
+    kernel = next(p for p in found.profile.parameters if p.path == "qkv.kernel")
+    assert kernel.dims == (("embed",), (3, "heads", "group"))
+    assert not found.profile.candidates
+
+
+def test_recurrent_width_is_not_offered() -> None:
+    """The recurrent weight has the class twice; the result of its product has what the product sums over."""
+
+    class Recurrent(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.into = nnx.Linear(WIDTH, 24, rngs=rngs)
+            self.again = nnx.Linear(24, 24, rngs=rngs)
+            self.out = nnx.Linear(24, WIDTH, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            hidden = jnp.swapaxes(self.into(x), 0, 1)
+
+            def step(carry: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+                carry = jnp.tanh(self.again(carry) + row)
+                return carry, carry
+
+            _, rows = jax.lax.scan(step, jnp.zeros(hidden.shape[1:]), hidden)
+            return x + self.out(jnp.swapaxes(rows, 0, 1))
+
+    found = kind_of(regression(stack(2, lambda rngs: Recurrent(rngs=rngs))), "blocks.*")
+    assert not found.profile.candidates
+    assert {"scan"} <= {op.name for op in found.layer.ops}, "a scan over time stays a scan"
+    assert sum(op.flops * op.times for op in found.layer.ops) == 3 * 2 * BATCH * SEQ * (2 * WIDTH * 24 + 24 * 24)
+
+
+def test_class_that_something_needs_whole_is_not_offered() -> None:
+    class Sorted(nnx.Module):
+        def __init__(self, *, rngs: nnx.Rngs) -> None:
+            self.up = nnx.Linear(WIDTH, 64, rngs=rngs)
+            self.down = nnx.Linear(64, WIDTH, rngs=rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x + self.down(jnp.cumsum(self.up(x), axis=-1))
+
+    assert not kind_of(regression(stack(2, lambda rngs: Sorted(rngs=rngs))), "blocks.*").profile.candidates
+
+
+def test_class_sets_are_sorted_by_share_then_bytes() -> None:
+    found = kind_of(small_llama(heads=4, kv_heads=4), "layers.*")
+    sets = class_sets(found.layer, seq=None)
+    figures = [(-round(s.flops_share, 3), sum(c.value.bytes for c in s.tensor)) for s in sets]
+    assert len(sets) > 2
+    assert figures == sorted(figures)
+    assert all(s.sequence is None for s in sets)
+
+
+def test_no_set_holds_two_classes_of_one_operation() -> None:
+    found = kind_of(transformers(), "blocks.*")
+    for chosen in class_sets(found.layer, seq=None):
+        for op in found.layer.ops:
+            held = {f for v in [*op.inputs, *op.outputs] for f in found.layer.classes(v)}
+            assert len(held & chosen.classes) <= 1
