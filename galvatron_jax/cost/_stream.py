@@ -2,17 +2,21 @@
 
 A layout is (tp, sequence-sharded?) on D devices: batch over the dp = D / tp leading ranks, replicated over the tp
 trailing ones or, with sequence parallelism, sequence over them. Strategies nest, so a change is free (each device keeps
-a part of what it has) or one collective (the compiler's choice, read from programs for 8 devices). With n bytes of the
-whole stream, r = tp_after / tp_before when tp grows, and the inverse when it shrinks:
+a part of what it has) or a few collectives. With n bytes of the whole stream, r = the larger tp over the smaller:
 
-    tp grows,   after replicated    all-gather n / dp_after over the r ranks that join (over tp_after with sp before)
-    tp grows,   after sp            all-to-all of n / D over the r ranks
+    tp grows,   after replicated    all-gather n / dp_after over the r ranks that join; sp before: first n / dp_before
+                                    over tp_before
+    tp grows,   after sp            exchange of n / D over r ranks
     tp shrinks, before replicated   free
-    tp shrinks, before sp           all-to-all of n / D over r ranks, then all-gather n / dp_after over tp_after
-                                    unless the layout after has sp or tp 1
+    tp shrinks, before sp           exchange of n / D over r ranks, then all-gather n / dp_after over tp_after unless the
+                                    layout after has sp or tp 1
     equal tp,   sp to replicated    all-gather n / dp over tp
     equal tp,   replicated to sp    free
     neither divides the other       via the layout with their least common multiple, replicated
+
+An exchange is an all-to-all, and a permute of the result where the smaller tp is not 1: the axes left on the sequence
+then stand before those that came, and device order wants them behind. All this is the compiler's choice, read from the
+programs that XLA:GPU and XLA:CPU make of each of these changes on 8 devices (tests/runtime/test_relayout.py).
 
 Backward, the cotangent takes the way back, so it costs what the reverse change costs forward.
 
@@ -24,12 +28,24 @@ strategy.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from ..plan import Strategy
-from ..profile import BATCH, Array, LayerKind
+from ..profile import BATCH, Array, CollectiveKind, LayerKind
 from ._collectives import collective_seconds, device_group, message_seconds
 from ._values import Setting
+
+
+class RelayoutStep(NamedTuple):
+    """One collective of a change of layout."""
+
+    kind: CollectiveKind
+    parts: int
+    """Its array is the whole stream divided by this."""
+    ranks: int
+    stride: int
+    """The group: every ``stride``-th device, ``ranks`` of them (a permute: among these)."""
 
 
 def stream_arrays(kind: LayerKind) -> tuple[Array, ...]:
@@ -63,7 +79,10 @@ def estimate_relayout(
         (forward_s, backward_s); both 0 when the layouts agree.
     """
     size_bytes = stream.local_bytes(sizes, {})
-    return _change_seconds(size_bytes, before, after, setting), _change_seconds(size_bytes, after, before, setting)
+    return (
+        _seconds(size_bytes, relayout_steps(before, after), setting),
+        _seconds(size_bytes, relayout_steps(after, before), setting),
+    )
 
 
 def estimate_transfer(stream: Array, sizes: Mapping[str, int], setting: Setting, *, boundary: int) -> float:
@@ -80,37 +99,51 @@ def estimate_transfer(stream: Array, sizes: Mapping[str, int], setting: Setting,
     return message_seconds(stream.local_bytes(sizes, {}) / setting.stage_devices, link)
 
 
-def _change_seconds(size_bytes: float, before: Strategy, after: Strategy, setting: Setting) -> float:
-    """Seconds of one change of layout, in the direction before -> after."""
+def relayout_steps(before: Strategy, after: Strategy) -> tuple[RelayoutStep, ...]:
+    """Return the collectives that bring the stream from the layout of ``before`` into that of ``after``.
+
+    Args:
+        before: Strategy of the layer that makes it.
+        after: Strategy of the layer that takes it, on the same devices.
+    """
     if (before.tp, before.sp) == (after.tp, after.sp):
-        return 0.0
+        return ()
     if before.tp == after.tp:
-        return _gather(size_bytes, after.dp, before.tp, 1, setting) if before.sp else 0.0
+        return (_gather(before, before.tp, 1),) if before.sp else ()
     if after.tp % before.tp == 0:
-        ratio = after.tp // before.tp
         if after.sp:
-            return _exchange(size_bytes, ratio, before.tp, setting)
-        if before.sp:
-            return _gather(size_bytes, after.dp, after.tp, 1, setting)
-        return _gather(size_bytes, after.dp, ratio, before.tp, setting)
+            return _exchange(before, after)
+        joining = _gather(after, after.tp // before.tp, before.tp)
+        return (_gather(before, before.tp, 1), joining) if before.sp else (joining,)
     if before.tp % after.tp == 0:
-        return _shrink(size_bytes, before, after, setting) if before.sp else 0.0
+        if not before.sp:
+            return ()
+        gather = () if after.sp or after.tp == 1 else (_gather(after, after.tp, 1),)
+        return _exchange(after, before) + gather
     common = math.lcm(before.tp, after.tp)
-    return _change_seconds(size_bytes, before, Strategy(tp=common, dp=setting.stage_devices // common), setting)
+    return relayout_steps(before, Strategy(tp=common, dp=before.tp * before.dp // common))
 
 
-def _shrink(size_bytes: float, before: Strategy, after: Strategy, setting: Setting) -> float:
-    exchange_s = _exchange(size_bytes, before.tp // after.tp, after.tp, setting)
-    if after.sp or after.tp == 1:
-        return exchange_s
-    return exchange_s + _gather(size_bytes, after.dp, after.tp, 1, setting)
+def _gather(layout: Strategy, ranks: int, stride: int) -> RelayoutStep:
+    """Gather to the batch share of ``layout``."""
+    return RelayoutStep("all-gather", layout.dp, ranks, stride)
 
 
-def _gather(size_bytes: float, dp: int, ranks: int, stride: int, setting: Setting) -> float:
-    group = device_group(ranks, stride, setting.gpus_per_node)
-    return collective_seconds("all-gather", size_bytes / dp, group, setting.hardware)
+def _exchange(narrow: Strategy, wide: Strategy) -> tuple[RelayoutStep, ...]:
+    """Swap batch and sequence over the ranks between two degrees."""
+    devices = wide.tp * wide.dp
+    swap = RelayoutStep("all-to-all", devices, wide.tp // narrow.tp, narrow.tp)
+    return (swap, RelayoutStep("collective-permute", devices, wide.tp, 1)) if narrow.tp > 1 else (swap,)
 
 
-def _exchange(size_bytes: float, ranks: int, stride: int, setting: Setting) -> float:
-    group = device_group(ranks, stride, setting.gpus_per_node)
-    return collective_seconds("all-to-all", size_bytes / setting.stage_devices, group, setting.hardware)
+def _seconds(size_bytes: float, steps: Iterable[RelayoutStep], setting: Setting) -> float:
+    """Seconds of changing the layout of a stream of ``size_bytes``."""
+    return sum(
+        collective_seconds(
+            step.kind,
+            size_bytes / step.parts,
+            device_group(step.ranks, step.stride, setting.gpus_per_node),
+            setting.hardware,
+        )
+        for step in steps
+    )

@@ -59,7 +59,7 @@ def layer_work(
     shares = Shares.of(Strategy(tp=tp, dp=dp, sp=sp), microbatch)
     sums = summarise(kind, is_fused(kind, hardware))
     tensor_group, data_group = device_group(tp, 1, gpus), device_group(dp, tp, gpus)
-    tensor = _tensor_collectives(kind, sp)
+    tensor = tensor_collectives(kind, sp)
 
     def work(phase: Phase, again: bool = False) -> PassWork:
         return PassWork(
@@ -71,7 +71,8 @@ def layer_work(
     return Work(work("forward"), work("backward"), work("forward", again=True))
 
 
-def _tensor_collectives(kind: LayerKind, sp: bool) -> tuple[Collective, ...]:
+def tensor_collectives(kind: LayerKind, sp: bool) -> tuple[Collective, ...]:
+    """Return the collectives of the candidate that tensor parallelism shards, with or without sequence parallelism."""
     candidate = best_candidate(kind)
     if candidate is None:
         return ()

@@ -40,7 +40,7 @@ def test_relayout_between_equal_layouts_is_free(tp: int, sp: bool) -> None:
     assert estimate_relayout(STREAM, SIZES, before, after, SETTING) == (0.0, 0.0)
 
 
-GATHER, EXCHANGE = "all-gather", "all-to-all"
+GATHER, EXCHANGE, PERMUTE = "all-gather", "all-to-all", "collective-permute"
 CASES = [
     # dp 8 -> tp 2: pairs of neighbours gather their samples; the way back is a slice
     (layout(1), layout(2), [(GATHER, WHOLE / 4, 2, 1)], []),
@@ -49,18 +49,24 @@ CASES = [
     (layout(8), layout(2), [], [(GATHER, WHOLE, 4, 2)]),
     # dp 8 -> tp 4 with sp: samples move, positions split: all-to-all both ways
     (layout(1), layout(4, True), [(EXCHANGE, WHOLE / 8, 4, 1)], [(EXCHANGE, WHOLE / 8, 4, 1)]),
-    (layout(2, True), layout(4, True), [(EXCHANGE, WHOLE / 8, 2, 2)], [(EXCHANGE, WHOLE / 8, 2, 2)]),
+    # some axes stay on the sequence: those that come must go before them
+    (
+        layout(2, True),
+        layout(4, True),
+        [(EXCHANGE, WHOLE / 8, 2, 2), (PERMUTE, WHOLE / 8, 4, 1)],
+        [(EXCHANGE, WHOLE / 8, 2, 2), (PERMUTE, WHOLE / 8, 4, 1)],
+    ),
     # sp on and off at equal tp
     (layout(4, True), layout(4), [(GATHER, WHOLE / 2, 4, 1)], []),
     (layout(4), layout(4, True), [], [(GATHER, WHOLE / 2, 4, 1)]),
-    # tp 2 with sp -> tp 4 replicated: positions and samples are gathered in one
-    (layout(2, True), layout(4), [(GATHER, WHOLE / 2, 4, 1)], []),
+    # tp 2 with sp -> tp 4 replicated: positions, then samples
+    (layout(2, True), layout(4), [(GATHER, WHOLE / 4, 2, 1), (GATHER, WHOLE / 2, 2, 2)], []),
     # tp 4 with sp -> tp 2 replicated: all-to-all, then positions over 2
     (
         layout(4, True),
         layout(2),
-        [(EXCHANGE, WHOLE / 8, 2, 2), (GATHER, WHOLE / 4, 2, 1)],
-        [(EXCHANGE, WHOLE / 8, 2, 2)],
+        [(EXCHANGE, WHOLE / 8, 2, 2), (PERMUTE, WHOLE / 8, 4, 1), (GATHER, WHOLE / 4, 2, 1)],
+        [(EXCHANGE, WHOLE / 8, 2, 2), (PERMUTE, WHOLE / 8, 4, 1)],
     ),
 ]
 
