@@ -4,8 +4,9 @@ Rules (``A``: the classes sharded over the tensor axes; both passes are explicit
 
 * an operation that sums over a class of ``A`` leaves partial results: all-reduce of its result;
 * with sequence parallelism, a value that carries the whole stream (batch, seq, embed) and no class of ``A`` is sharded
-  along ``seq``: the all-reduce becomes a reduce-scatter, and a product of such a value with an operand sharded over
-  ``A`` gathers it first: once in each pass for all its readers, since gathered copies are not kept in between;
+  along ``seq``: the all-reduce becomes a reduce-scatter, and a product (or scatter) of such a value with an operand or
+  result sharded over ``A`` gathers it first: once in each pass for all its readers, since gathered copies are not kept
+  in between;
 * a sum over ``seq`` of such a value (the gradient of a norm's weight) is an all-reduce of its small result;
 * sharding ``batch``: every sum over it is an all-reduce; those that end in parameter gradients are left to the caller,
   who knows the ZeRO level.
@@ -22,6 +23,7 @@ from collections.abc import Sequence
 from ..profile import CollectiveKind, Phase
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
+from ._primitives import is_kernel_name
 
 _LINEAR = frozenset("convert_element_type copy expand_dims neg reduce_sum reshape squeeze transpose".split())
 """A sum may move behind these."""
@@ -66,21 +68,21 @@ def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozense
         if layer.contracted(op) & sharded:
             kind: CollectiveKind = "reduce-scatter" if stream <= layer.classes(out) else "all-reduce"
             found.append(_predict(layer, op, kind, out, again))
-        elif seq in layer.contracted(op) and not op.flops and not layer.classes(op.inputs[0]) & sharded:
+        elif seq in layer.contracted(op) and not _holds(layer, op, sharded) and _stream_inputs(layer, op, stream):
             found.append(_predict(layer, op, "all-reduce", out, again))
     return found
 
 
 def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> list[Predicted]:
-    """Gather sharded-along-``seq`` operands of products over ``sharded``, once in each pass.
+    """Gather sharded-along-``seq`` operands of products and scatters over ``sharded``, once in each pass.
 
     What the backward pass gathers again need not be gathered by a recomputed forward pass too.
     """
     found: dict[tuple[Phase, int], tuple[Op, Value]] = {}
     for op in layer.ops:
-        if op.flops and any(layer.classes(v) & sharded for v in op.inputs):
-            for value in op.inputs:
-                if stream <= layer.classes(value) and not layer.classes(value) & sharded:
+        if is_kernel_name(op.name) and _holds(layer, op, sharded):
+            for value in _stream_inputs(layer, op, stream):
+                if not layer.classes(value) & sharded:
                     whole = _behind_views(layer, value)
                     found.setdefault((phase_of(op), id(whole)), (op, whole))
     again = {id(op) for (_, key), (op, _) in found.items() if ("backward", key) not in found} & recomputed_ops(layer)
@@ -88,6 +90,16 @@ def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> l
         _predict(layer, op, "all-gather", whole, again, root=hash((phase, key)))
         for (phase, key), (op, whole) in found.items()
     ]
+
+
+def _holds(layer: Layer, op: Op, classes: frozenset[int]) -> bool:
+    """Tell whether an operand or result of ``op`` carries one of ``classes``."""
+    return any(layer.classes(v) & classes for v in [*op.inputs, *op.outputs])
+
+
+def _stream_inputs(layer: Layer, op: Op, stream: frozenset[int]) -> list[Value]:
+    """Return the operands of ``op`` that carry the whole stream."""
+    return [value for value in op.inputs if stream <= layer.classes(value)]
 
 
 def data_collectives(layer: Layer, batch: int) -> list[Predicted]:
