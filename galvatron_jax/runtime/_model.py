@@ -1,8 +1,9 @@
 """The whole model under a one-stage plan, as a pure function of flat leaves; and where each leaf lives.
 
-Between two layers the stream is put into the layout of the next layer. Where an axis leaves the sequence for the batch
-while another one is dropped, an intermediate layout stands between (one step would make XLA rematerialise the whole
-array, "involuntary full rematerialization").
+Between two layers the stream is put into the layout of the next layer, before rematerialisation begins: what a layer
+keeps of its input is in its own layout, and no layout changes twice. Where an axis leaves the sequence for the batch
+(or the way back) while another one is dropped (or joins), an intermediate layout stands between: one step would make
+XLA rematerialise the whole array ("involuntary full rematerialization").
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import msgspec
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -20,7 +22,7 @@ from ..analysis import Analysis, Variable
 from ..plan import Plan, Strategy
 from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
-from ._segment import SegmentFunction, build_segment
+from ._segment import SegmentFunction, build_segment, is_array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +86,15 @@ class PlannedModel:
         return {id(layout): build_segment(layout) for layout in self.layouts}
 
     def _arrive(self, value: Any, before: LayerLayout | None, layout: LayerLayout, index: int) -> Any:
-        """Insert the intermediate layout where the stream's axes both move and are dropped."""
-        if before is None or index in layout.kind.layer.parameters or value.ndim < 2:
+        """Put an input of a layer, parameters left out, into the layer's layout."""
+        if index in layout.kind.layer.parameters or not is_array(value):
             return value
-        spec = _intermediate(self.stage, before.strategy, layout.strategy, value.ndim)
-        stream = layout.is_stream(layout.kind.layer.inputs[index])
-        return jax.lax.with_sharding_constraint(value, self.stage.sharding(spec)) if spec and stream else value
+        described = layout.kind.layer.inputs[index]
+        middle = strategy_between(before.strategy, layout.strategy) if before else None
+        if middle is not None and layout.is_stream(described):
+            step = LayerLayout(layout.kind, middle, self.stage)
+            value = jax.lax.with_sharding_constraint(value, step.value(described))
+        return jax.lax.with_sharding_constraint(value, layout.value(described))
 
 
 def plan_model(analysis: Analysis, plan: Plan, stage: StageMesh) -> PlannedModel:
@@ -103,12 +108,13 @@ def plan_model(analysis: Analysis, plan: Plan, stage: StageMesh) -> PlannedModel
     return PlannedModel(analysis, stage, tuple(layouts))
 
 
-def _intermediate(stage: StageMesh, before: Strategy, after: Strategy, rank: int) -> PartitionSpec | None:
-    """Layout of the stream between two layouts (batch first, then sequence), or None when one step is enough."""
-    sequence, batch = stage.sequence_axes(before), stage.data_axes(after)
-    moved = [axis for axis in sequence if axis in batch]
-    left = tuple(axis for axis in sequence if axis not in batch)
-    dropped = set(left) - set(stage.sequence_axes(after))
-    if not moved or not dropped:
-        return None
-    return PartitionSpec(batch, left, *[None] * (rank - 2))
+def strategy_between(before: Strategy, after: Strategy) -> Strategy | None:
+    """Return the strategy in whose layout the stream stands between two others, None when one step is enough.
+
+    Only a change between ``tp`` with sequence parallelism and a smaller one without needs two: an all-to-all between
+    sequence and batch, and a gather (or, the way back, a slice) of the sequence.
+    """
+    narrow, wide = sorted((before, after), key=lambda strategy: strategy.tp)
+    if wide.sp and not narrow.sp and 1 < narrow.tp < wide.tp:
+        return msgspec.structs.replace(narrow, sp=True)
+    return None

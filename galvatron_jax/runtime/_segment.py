@@ -30,10 +30,13 @@ SegmentFunction = Callable[[Sequence[Any]], list[Any]]
 
 
 def build_segment(layout: LayerLayout) -> SegmentFunction:
-    """Return the segment of ``layout.kind`` as a function under the layout's strategy."""
+    """Return the segment of ``layout.kind`` as a function under the layout's strategy.
+
+    It takes its inputs where they are: the caller puts all but the parameters into the layer's layout.
+    """
 
     def run(inputs: Sequence[Any]) -> list[Any]:
-        return _run_equations(layout, _place_inputs(layout, inputs))
+        return _run_equations(layout, _place_weights(layout, inputs))
 
     if layout.strategy.remat == "full":
         return jax.checkpoint(run, policy=jax.checkpoint_policies.nothing_saveable)
@@ -45,16 +48,13 @@ def _keep_kernel_results(primitive: Any, *_: Any, **params: Any) -> bool:
     return is_kept(str(primitive.name))
 
 
-def _place_inputs(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
+def _place_weights(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
     layer, placed = layout.kind.layer, list(inputs)
     for position, index in enumerate(layer.parameters):
         dtype = layout.kind.profile.parameters[position].compute_dtype
         weight = placed[index].astype(dtype) if str(placed[index].dtype) != dtype else placed[index]
         weight = jax.lax.with_sharding_constraint(weight, layout.value(layer.inputs[index]))
         placed[index] = checkpoint_name(weight, WEIGHTS)
-    for index, value in enumerate(layer.inputs):
-        if index not in layer.parameters and _is_array(placed[index]):
-            placed[index] = jax.lax.with_sharding_constraint(placed[index], layout.value(value))
     return placed
 
 
@@ -85,5 +85,6 @@ def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value) -
     return jax.lax.with_sharding_constraint(result, layout.value(value))
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> bool:
+    """Tell whether ``value`` has dimensions to shard: neither a scalar nor a random key."""
     return value.ndim > 0 and not jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
