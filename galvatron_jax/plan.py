@@ -231,7 +231,7 @@ def _tensor_violations(kind: LayerKind, strategy: Strategy) -> list[str]:
     if strategy.sp and best.sequence is None:
         found.append(f"sp is not legal for kind {kind.name!r}")
     if strategy.sp and kind.classes.get(SEQ, 1) % strategy.tp:
-        found.append(f"sp: tp={strategy.tp} does not divide seq={kind.classes[SEQ]}")
+        found.append(f"sp: tp={strategy.tp} does not divide seq={kind.classes.get(SEQ, 1)}")
     return found
 
 

@@ -28,10 +28,11 @@ def name_classes(layer: Layer, given: Given) -> Names:
     """
     factors = layer.dimensions.factors
     names: Names = {}
-    for index, dims in given.items():
-        for dim, known in zip(layer.dimensions.classes(layer.inputs[index]), dims, strict=True):
+    for index in sorted(given, key=lambda i: i not in layer.differentiated):
+        for dim, known in zip(layer.dimensions.classes(layer.inputs[index]), given[index], strict=True):
             if len(dim) == len(known):
-                names.update((f, n) for f, n in zip(dim, known, strict=True) if n is not None)
+                fresh = [(f, n) for f, n in zip(dim, known, strict=True) if n and n not in names.values()]
+                names.update((f, n) for f, n in fresh if f not in names)
     _name_stream(layer, names)
     in_parameters = {f for i in layer.parameters for f in layer.dimensions.flat_classes(layer.inputs[i])}
     for op in layer.ops:
@@ -50,8 +51,16 @@ def _name_stream(layer: Layer, names: Names) -> None:
         if len(dims) < 3 or not dims[0] or names.get(dims[0][0]) != BATCH:
             continue
         for position, name in ((1, SEQ), (-1, "embed")):
-            if len(dims[position]) == 1 and dims[position][0] not in names and name not in names.values():
-                names[dims[position][0]] = name
+            if len(dims[position]) == 1 and dims[position][0] not in names:
+                _claim(names, dims[position][0], name)
+
+
+def _claim(names: Names, factor: int, name: str) -> None:
+    """Give the stream's class its name; what held it before (S + 1 tokens, of which S are read) gets another."""
+    for other in [f for f, taken in names.items() if taken == name]:
+        del names[other]
+        names[other] = _fresh_name("positions", names)
+    names[factor] = name
 
 
 def _role(layer: Layer, factor: int, in_parameters: bool) -> str:

@@ -1,0 +1,162 @@
+"""The door: a user's model goes in, trains under a plan as it would on one device, and comes back."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from galvatron_jax import auto_shard
+from galvatron_jax.analysis import analyse_model
+from galvatron_jax.cluster import Cluster
+from galvatron_jax.errors import DeviceMismatchError, GalvatronError, PlanError, UnsupportedError
+from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
+
+BATCH, SEQ = 16, 32
+CONFIG = LlamaConfig(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2, seq=SEQ, dtype="float32")
+CLUSTER = Cluster(nodes=1, gpus_per_node=8, gpu="cpu")
+OPTIMIZER = optax.sgd(0.5)
+
+LOSS_RTOL = 2e-5
+"""Float32 sums in another order: 8 partial sums of about 100 terms each, three steps."""
+
+
+def build() -> Llama:
+    return Llama(CONFIG, rngs=nnx.Rngs(0))
+
+
+def batches(count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, CONFIG.vocab, (count, BATCH, SEQ + 1), dtype=np.int32)
+    return [{"inputs": t[:, :-1], "targets": t[:, 1:]} for t in tokens]
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """A heterogeneous plan with two microbatches."""
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((BATCH // 2, *x.shape[1:]), x.dtype), batches(1)[0])
+    profile = analyse_model(build, next_token_loss, spec, name="small").profile
+    runs = (
+        PlanRun(kind="embed", count=1, strategy=Strategy(dp=8, zero=3)),
+        PlanRun(kind="layers.*", count=1, strategy=Strategy(tp=2, sp=True, dp=4, zero=1)),
+        PlanRun(kind="layers.*", count=1, strategy=Strategy(dp=8, zero=3, remat="full")),
+        PlanRun(kind="head", count=1, strategy=Strategy(tp=2, dp=4)),
+    )
+    return Plan(
+        model=model_reference(profile),
+        cluster=CLUSTER,
+        global_batch=BATCH,
+        microbatches=2,
+        stages=(Stage(devices=8, runs=runs),),
+    )
+
+
+def single_device_losses(count: int) -> list[float]:
+    """Losses of plain training on one device, before each update."""
+    graph, parameters, rest = nnx.split(build(), nnx.Param, ...)
+    state, losses = OPTIMIZER.init(parameters), []
+    step = jax.jit(jax.value_and_grad(lambda p, batch: next_token_loss(nnx.merge(graph, p, rest), batch)))
+    for batch in batches(count):
+        loss, gradients = step(parameters, batch)
+        updates, state = OPTIMIZER.update(gradients, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        losses.append(float(loss))
+    return losses
+
+
+@pytest.mark.multidevice
+def test_auto_shard_with_a_plan_trains_like_one_device(plan: Plan) -> None:
+    trained = auto_shard(build, plan=plan, optimizer=OPTIMIZER)
+    results = [trained.step(batch) for batch in batches(3)]
+    np.testing.assert_allclose([float(r.loss) for r in results], single_device_losses(3), rtol=LOSS_RTOL)
+    assert [r.step for r in results] == [1, 2, 3]
+
+
+@pytest.mark.multidevice
+def test_auto_shard_without_a_plan_searches_one_and_trains_like_one_device() -> None:
+    model = build()
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    trained = auto_shard(model, optimizer=OPTIMIZER)
+    losses = [float(trained.step(batch).loss) for batch in batches(3)]
+    np.testing.assert_allclose(losses, single_device_losses(3), rtol=LOSS_RTOL)
+    assert trained.plan.certificate is not None
+    assert trained.plan.cluster == CLUSTER
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)  # the user's own module is as it was
+
+
+@pytest.mark.multidevice
+def test_model_after_training_is_the_users_module_with_the_trained_parameters(plan: Plan) -> None:
+    trained = auto_shard(build, plan=plan, optimizer=OPTIMIZER)
+    first, second = batches(2)
+    trained.step(first)
+    model = trained.model
+    assert type(model) is Llama
+    whole = jax.tree.map(np.asarray, nnx.state(model))
+    graph = nnx.graphdef(model)
+    expected = float(trained.eval(second))
+    np.testing.assert_allclose(float(next_token_loss(nnx.merge(graph, whole), second)), expected, rtol=LOSS_RTOL)
+    trained.step(second)  # the copy does not share the donated state
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), whole)
+
+
+@pytest.mark.multidevice
+def test_tokens_in_one_array_train_like_inputs_and_targets() -> None:
+    batch = batches(1)[0]
+    tokens = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1)
+    loss = auto_shard(build, optimizer=OPTIMIZER).step(tokens).loss
+    np.testing.assert_allclose(float(loss), single_device_losses(1)[0], rtol=LOSS_RTOL)
+
+
+def test_explain_names_every_strategy_of_the_plan(plan: Plan) -> None:
+    text = auto_shard(build, plan=plan).explain()
+    assert "1 stage of 8 GPUs" in text
+    assert [line.split()[1] for line in text.splitlines()[2:6]] == ["embed", "layers.*", "layers.*", "head"]
+
+
+def test_plan_with_several_stages_is_refused_naming_their_number(plan: Plan) -> None:
+    stages = tuple(
+        Stage(devices=4, runs=tuple(PlanRun(kind=kind, count=1, strategy=Strategy(dp=4)) for kind in kinds))
+        for kinds in (("embed", "layers.*"), ("layers.*", "head"))
+    )
+    two = Plan(model=plan.model, cluster=CLUSTER, global_batch=BATCH, stages=stages)
+    with pytest.raises(UnsupportedError, match="2 pipeline stages"):
+        auto_shard(build, plan=two)
+
+
+def test_plan_for_other_devices_is_refused_before_any_compile(plan: Plan) -> None:
+    other = Cluster(nodes=1, gpus_per_node=4, gpu="cpu")
+    strategy = Strategy(dp=4)
+    stage = Stage(devices=4, runs=tuple(PlanRun(kind=k, count=1, strategy=strategy) for k, _ in plan.layers()))
+    foreign = Plan(model=plan.model, cluster=other, global_batch=BATCH, stages=(stage,))
+    with pytest.raises(DeviceMismatchError, match=r"4 devices\), 8 are visible.*--mesh 1x8"):
+        auto_shard(build, plan=foreign)
+
+
+def test_plan_of_another_model_is_refused_with_both_structures(plan: Plan) -> None:
+    wider = LlamaConfig(vocab=64, embed=64, mlp=64, layers=2, heads=4, kv_heads=2, seq=SEQ, dtype="float32")
+    trained = auto_shard(lambda: Llama(wider, rngs=nnx.Rngs(0)), plan=plan)
+    with pytest.raises(PlanError, match="made for model 'small'"):
+        trained.prepare(batches(1)[0])
+
+
+@pytest.mark.parametrize("samples", [8, 17])
+def test_batch_of_another_size_than_the_plans_is_refused(plan: Plan, samples: int) -> None:
+    batch = {name: np.zeros((samples, SEQ), np.int32) for name in ("inputs", "targets")}
+    with pytest.raises(PlanError, match=f"got a batch of {samples} samples; expected 16"):
+        auto_shard(build, plan=plan).step(batch)
+
+
+def test_batch_whose_leaves_disagree_is_refused(plan: Plan) -> None:
+    batch = {"inputs": np.zeros((16, SEQ), np.int32), "targets": np.zeros((8, SEQ), np.int32)}
+    with pytest.raises(PlanError, match=r"\[8, 16\] samples"):
+        auto_shard(build, plan=plan).step(batch)
+
+
+def test_plan_and_state_before_the_first_batch_say_what_to_do() -> None:
+    trained = auto_shard(build)
+    for attribute in ("plan", "state", "model"):
+        with pytest.raises(GalvatronError, match=r"prepare\(batch\)"):
+            getattr(trained, attribute)
