@@ -1,0 +1,166 @@
+"""The command line of the profilers: ``python -m galvatron_jax.profilers hardware --mesh 1x8``.
+
+JAX is imported after the arguments are read: ``--help`` answers at once, and ``--devices`` must reach XLA before that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..cluster import parse_cluster
+from ..errors import DeviceMismatchError, GalvatronError
+from ..units import format_seconds
+
+if TYPE_CHECKING:
+    from ._measure import HardwareResult
+    from ._report import Row
+    from ._runner import Progress
+
+_INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, by the shell's convention (128 + SIGINT)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 2 bad input, 4 environment."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _hardware(options)
+    except GalvatronError as error:
+        if options.debug:
+            raise
+        print(f"error: {error.message}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from here", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="galvatron_jax.profilers", description="Measure real devices.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    hardware = commands.add_parser(
+        "hardware", help="collectives, products, copies and launches of the devices in sight"
+    )
+    add = hardware.add_argument
+    add("--mesh", required=True, metavar="NODESxGPUS", help="the devices to measure, for example 1x8")
+    add("--out", type=Path, default=Path("configs/hardware.json"), help="hardware profile to write (%(default)s)")
+    add("--quick", action="store_true", help="fewer sizes and repetitions: a first look, in about a minute")
+    add("--budget-s", type=_positive, metavar="S", help="seconds to spend (300; with --quick 45)")
+    add("--resume", action="store_true", help="go on from the partial file of an interrupted run")
+    add("--base", default="", metavar="NAME", help="profile for what is not measured (by the kind of device)")
+    add("--devices", type=_count, metavar="N", help="measure N virtual CPU devices instead of what is in sight")
+    add("--coordinator", metavar="HOST:PORT", help="several processes: where the first listens")
+    add("--processes", type=_count, metavar="N", help="several processes: how many")
+    add("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _hardware(options: argparse.Namespace) -> int:
+    cluster = parse_cluster(options.mesh)
+    if options.devices:
+        _force_cpu_devices(options.devices)
+    if options.coordinator:
+        _join_processes(options)
+    from ._measure import HardwareOrder, measure_hardware
+
+    order = HardwareOrder(
+        cluster=cluster,
+        out=options.out,
+        budget_s=options.budget_s or (45.0 if options.quick else 300.0),
+        quick=options.quick,
+        resume=options.resume,
+        base=options.base,
+    )
+    start_s = time.monotonic()
+    result = measure_hardware(order, show=_progress())
+    if not (options.coordinator and options.process):
+        _print_result(result, options.out, time.monotonic() - start_s)
+    return 0
+
+
+def _force_cpu_devices(devices: int) -> None:
+    """Ask XLA for virtual CPU devices; too late, and without effect, once a program has asked JAX for its devices."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
+    os.environ["XLA_FLAGS"] = " ".join([*others, f"--xla_force_host_platform_device_count={devices}"])
+
+
+def _join_processes(options: argparse.Namespace) -> None:
+    import jax
+
+    try:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    except (RuntimeError, ValueError) as error:
+        raise DeviceMismatchError(
+            f"the processes did not find each other: {error}",
+            where="--coordinator",
+            action="give --processes and --process to each, and a port that all can reach",
+        ) from None
+
+
+def _progress() -> Callable[[Progress], None]:
+    """Return what shows progress: one line that is written over, on a terminal only."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+
+    def show(progress: Progress) -> None:
+        left = format_seconds(progress.left_s) if progress.done else "?"
+        text = f"{progress.done + 1}/{progress.total}  {progress.subject.text}  ({left} left)"
+        print(f"\r\x1b[K{text[:110]}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _print_result(result: HardwareResult, out: Path, taken_s: float) -> None:
+    from ._report import plain_table, report_rows
+
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+    rows = report_rows(result.profile, result.base)
+    if sys.stdout.isatty():
+        _print_rich(rows)
+    else:
+        print(plain_table(rows))
+    print(
+        f"\nexpected: bundled profile {result.base.name}; collectives: time at the smallest size, bus bandwidth at the"
+    )
+    print(f"largest. wrote {out} in {format_seconds(taken_s)}")
+    for note in result.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not result.complete:
+        print("note: the same command with --resume measures what was left out", file=sys.stderr)
+
+
+def _print_rich(rows: Sequence[Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ._report import HEADINGS
+
+    table = Table(box=None, header_style="bold")
+    for column, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected a positive number of seconds")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 4096:
+        raise argparse.ArgumentTypeError(f"got {text}, expected 1 to 4096")
+    return value

@@ -1,0 +1,69 @@
+"""Tables and links: from readings of collectives to fields of a hardware profile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from ..cluster import Cluster
+from ..profile import CollectiveTable, Link
+from ._agenda import KINDS
+from ._fit import Point, monotone_fit
+from ._links import fit_link
+from ._parts import Fields, Overheads, Part, by_series, outlier_notes
+from ._readings import Reading, Subject
+
+
+def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
+    seconds = {s: overheads.corrected(r) for s, r in known.items() if s.what in KINDS}
+    places: dict[tuple[str, int, bool], dict[int, list[float]]] = {}
+    for subject, taken_s in seconds.items():
+        key = (subject.what, subject.group, inside_node(subject, cluster))
+        places.setdefault(key, {}).setdefault(subject.size, []).append(taken_s)
+    tables, notes = [], []
+    for (kind, group, inside), sizes in sorted(places.items()):
+        fit = monotone_fit([Point(size, max(times)) for size, times in sorted(sizes.items())])
+        label = f"{kind} over {group} devices, {'inside a node' if inside else 'across nodes'}"
+        notes += outlier_notes(label, fit, "B")
+        if len(fit.points) < 2:
+            notes.append(f"{label}: no table, fewer than two sizes that rise")
+            continue
+        columns = {"sizes_bytes": [p.size for p in fit.points], "times_s": [p.seconds for p in fit.points]}
+        tables.append(
+            msgspec.convert({"kind": kind, "group": group, "inside_node": inside, **columns}, CollectiveTable)
+        )
+    if not tables:
+        return Part({}, {}, notes)
+    ratios = [max(times) / min(times) for sizes in places.values() for times in sizes.values()]
+    how = (
+        "all groups of the mesh at once; slope of loops of 8 (up to 1 MiB) or 2 in a trip, loop and glue subtracted; "
+        f"the slowest where groups of one size lie differently (largest ratio {max(ratios):.2f}); made monotone"
+    )
+    links, link_how = _link_fields(seconds, cluster)
+    return Part({"collectives": tuple(tables), **links}, {"collectives": how, **link_how}, notes)
+
+
+def _link_fields(seconds: Mapping[Subject, float], cluster: Cluster) -> tuple[Fields, dict[str, str]]:
+    """Fit links to all-gathers: over neighbours in a node, and over one device of each node."""
+    gathers = by_series((s, t) for s, t in seconds.items() if s.what == "all-gather")
+    node = cluster.gpus_per_node
+    candidates = {
+        "intra_node": {g: p for (_, _, g, stride), p in gathers.items() if stride == 1 and node % g == 0},
+        "inter_node": {g: p for (_, _, g, stride), p in gathers.items() if stride == node},
+    }
+    fields: Fields = {}
+    how = {}
+    for field, groups in candidates.items():
+        widest = max(groups, default=1)
+        points = monotone_fit(groups[widest]).points if groups else ()
+        link: Link | None = fit_link("all-gather", widest, points) if len(points) > 1 else None
+        if link:
+            fields[field] = link
+            how[field] = f"line through the all-gathers over {widest} devices"
+    return fields, how
+
+
+def inside_node(subject: Subject, cluster: Cluster) -> bool:
+    """Return whether every group of ``subject`` lies inside one node."""
+    return cluster.gpus_per_node % (subject.group * subject.stride) == 0

@@ -1,0 +1,72 @@
+"""The devices in sight: which, how many, with which software."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ..cluster import Cluster
+from ..errors import DeviceMismatchError
+from ._readings import Machine
+
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+def mesh_devices(cluster: Cluster) -> tuple[jax.Device, ...]:
+    """Return the devices of ``cluster``, node-major: by process, then by number.
+
+    Raises:
+        DeviceMismatchError: fewer devices than the mesh needs; or several processes, and not all their devices in it.
+    """
+    try:
+        found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    except RuntimeError as error:
+        raise DeviceMismatchError(
+            f"jax finds no devices: {error}", where="--mesh", action="check the driver, or give --devices N for CPU"
+        ) from None
+    too_few = len(found) < cluster.devices
+    if too_few or (jax.process_count() > 1 and len(found) != cluster.devices):
+        raise DeviceMismatchError(
+            f"mesh {cluster.mesh} has {cluster.devices} devices, jax sees {len(found)} ({found[0].device_kind})",
+            expected="at least as many devices as the mesh has" if too_few else "all devices of all processes",
+            where="--mesh",
+            action="give another --mesh, or --devices N for N virtual CPU devices",
+        )
+    return tuple(found[: cluster.devices])
+
+
+def describe_machine(cluster: Cluster, devices: Sequence[jax.Device]) -> Machine:
+    """Return what identifies this machine in a profile."""
+    platform = "cpu" if devices[0].platform == "cpu" else "gpu"
+    return Machine(
+        platform=platform,
+        device_kind=devices[0].device_kind,
+        devices=len(devices),
+        processes=jax.process_count(),
+        mesh=cluster.mesh,
+        jax_version=jax.__version__,
+        driver=_driver() if platform == "gpu" else "",
+    )
+
+
+def slowest_of_all() -> Callable[[float], float]:
+    """Return a function that makes one duration of those of all processes: the longest."""
+    if jax.process_count() == 1:
+        return float
+    from jax.experimental import multihost_utils  # loads more than one process needs
+
+    return lambda seconds: float(multihost_utils.process_allgather(np.float32(seconds)).max())
+
+
+def _driver() -> str:
+    """Return the version of the NVIDIA driver, ``""`` when the kernel does not tell."""
+    try:
+        text = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    match = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
+    return match[0] if match else ""

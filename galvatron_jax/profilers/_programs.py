@@ -1,0 +1,61 @@
+"""From a subject to the program that measures it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from ._agenda import KINDS, OVERLAP_SIDE
+from ._collectives import collective_loop
+from ._compute import copy_loop, launch_loop, overlap_loop, product_loop
+from ._loop import Loop
+from ._readings import COPY, LAUNCH, LOOP, MATMUL, OVERLAP, Reading, Subject, overlap_parts, product_side
+from ._timing import MeasurementError
+
+_LAUNCHES = 32
+
+_COMPUTE_SHARE = 2.0
+"""Products beside an all-reduce take about twice its time: it is hidden, if anything hides it."""
+
+_MOST_PRODUCTS = 64
+"""More would only make a larger program."""
+
+
+def subject_loop(subject: Subject, readings: Mapping[Subject, Reading], devices: Sequence[jax.Device]) -> Loop:
+    """Return the compiled program that measures ``subject`` on ``devices`` (node-major).
+
+    Args:
+        subject: From the agenda.
+        readings: What is known by now: it decides how many products stand beside an all-reduce.
+        devices: All devices of the mesh.
+
+    Raises:
+        MeasurementError: there is no such program, see ``collective_loop`` and ``overlap_loop``.
+    """
+    for kind in KINDS:
+        if subject.what == kind:
+            return collective_loop(kind, subject.size, devices, group=subject.group, stride=subject.stride)
+    if subject.what in (LOOP, LAUNCH):
+        return launch_loop(devices, 1 if subject.what == LOOP else _LAUNCHES)
+    if subject.what == COPY:
+        return copy_loop(subject.size, devices)
+    if subject.what == MATMUL:
+        return product_loop(product_side(subject.size), subject.dtype, devices)
+    assert subject.what == OVERLAP, subject
+    side = OVERLAP_SIDE[_platform(devices)]
+    products = _products_beside(subject, side, readings)
+    return overlap_loop(subject.size, side, subject.dtype, devices, group=subject.group, products=products)
+
+
+def _products_beside(subject: Subject, side: int, readings: Mapping[Subject, Reading]) -> int:
+    parts = overlap_parts(subject, side, readings)
+    if parts is None:
+        raise MeasurementError("the all-reduce or the product alone was not measured", action="skipped")
+    alone, product = parts
+    return min(_MOST_PRODUCTS, math.ceil(_COMPUTE_SHARE * alone.seconds / product.seconds))
+
+
+def _platform(devices: Sequence[jax.Device]) -> str:
+    return "cpu" if devices[0].platform == "cpu" else "gpu"

@@ -1,0 +1,134 @@
+"""Seconds of one operation, by the slope of a program that repeats it.
+
+A program runs the operation in a loop of k trips, k given at run time. One call takes
+
+    t(k) = call + k * trip
+
+where ``call`` (dispatch, transfer of k, synchronisation) is 10 to 20 times a small collective, so one call tells
+nothing about it. The slope does:
+
+    trip = (min t(2k) - min t(k)) / k
+
+over several repetitions. Disturbances by the system only ever add time, so the minimum is the estimate that they move
+least; the slope of the medians stands beside it and their distance is reported as the spread. k is chosen so that k
+trips take a given time, long against the resolution and the jitter of the clock.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import NamedTuple, Protocol
+
+from ..errors import GalvatronError
+
+Timer = Callable[[int], float]
+"""Seconds of one call with so many trips; 0 trips are allowed."""
+
+MAX_TRIPS = 2**20
+"""An end for the search of k when the operation takes no time at all."""
+
+STEADY_SPREAD = 0.25
+"""Spread (see ``Slope``) above which the calls are repeated; it stays when the repetitions are as unsteady."""
+
+ATTEMPTS = 3
+"""Times that the calls are repeated at most, all of them counting."""
+
+
+class MeasurementError(GalvatronError, RuntimeError):
+    """One measurement that could not be made; the others go on."""
+
+    exit_code = 4
+
+
+class Clock(Protocol):
+    """The only source of time: tests put a deterministic one in its place."""
+
+    def now_s(self) -> float:
+        """Return seconds since an arbitrary moment, never falling."""
+
+    def today(self) -> str:
+        """Return the date as ``"2026-11-22"``."""
+
+
+class SystemClock:
+    """The clock of this machine."""
+
+    def now_s(self) -> float:
+        """Return the seconds of the monotonic performance counter."""
+        return time.perf_counter()
+
+    def today(self) -> str:
+        """Return the date, UTC."""
+        return datetime.now(UTC).date().isoformat()
+
+
+class Effort(NamedTuple):
+    """How much time one measurement may take."""
+
+    target_s: float
+    """Duration of the k trips."""
+    repeats: int
+    """Pairs of calls, with k and with 2k trips."""
+
+
+class Slope(NamedTuple):
+    """Seconds of one trip."""
+
+    seconds: float
+    spread: float
+    """Distance between the slopes of the minima and of the medians, as a share of the former."""
+    trips: int
+    """k."""
+
+
+def measure_slope(timer: Timer, effort: Effort) -> Slope:
+    """Return the seconds of one trip.
+
+    Args:
+        timer: Calls the program with a number of trips.
+        effort: Duration and number of the calls.
+
+    Raises:
+        MeasurementError: twice the trips took no longer, after all attempts.
+    """
+    timer(1)  # allocations, communicators, code pages
+    trips = _choose_trips(timer, effort.target_s)
+    times: list[tuple[float, float]] = []
+    for _ in range(ATTEMPTS):
+        # by turns, so that a slow spell of the machine meets both
+        times += [(timer(trips), timer(2 * trips)) for _ in range(effort.repeats)]
+        slope = _slope(times, trips)
+        if slope is not None and slope.spread <= STEADY_SPREAD:
+            break
+    if slope is None:
+        raise MeasurementError(
+            f"{2 * trips} trips took no longer than {trips}",
+            expected="a time that rises with the work",
+            action="measure again on an idle machine",
+        )
+    return slope
+
+
+def _slope(times: list[tuple[float, float]], trips: int) -> Slope | None:
+    """Return the slope of pairs of calls with k and 2k trips, None when it is not positive."""
+    once, twice = zip(*times, strict=True)
+    slope = (min(twice) - min(once)) / trips
+    if slope <= 0:
+        return None
+    middle = (statistics.median(twice) - statistics.median(once)) / trips
+    return Slope(slope, abs(middle - slope) / slope, trips)
+
+
+def _choose_trips(timer: Timer, target_s: float) -> int:
+    """Return k such that k trips take about ``target_s`` seconds, at least 1."""
+    call_s = min(timer(0), timer(0))
+    trips = 1
+    while trips < MAX_TRIPS:
+        work_s = timer(trips) - call_s
+        if work_s >= target_s / 4:
+            return min(MAX_TRIPS, max(1, round(trips * target_s / work_s)))
+        trips *= 4
+    return MAX_TRIPS
