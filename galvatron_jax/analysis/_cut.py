@@ -151,7 +151,8 @@ def matmul_flops(equation: Equation) -> int:
         summed = [left[dim] for dim in numbers[0][0]]
     else:
         summed = [size for dim, size in enumerate(right) if dim != numbers.rhs_spec[0]]
-    return 2 * math.prod(made) * math.prod(summed)
+    flops: int = 2 * math.prod(made) * math.prod(summed)
+    return flops
 
 
 # ------------------------------------------------------------------------------------------------- pieces to segments
