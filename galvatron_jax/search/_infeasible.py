@@ -7,6 +7,7 @@ with at most t live bytes) + t``; over the boundaries, the least maximum by dyna
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,7 +22,9 @@ from ._engine import Candidate, Engine
 from ._knapsack import Floats
 from ._pipeline import SCHEDULE
 from ._pricing import Prices, message_buffers
+from ._space import Limits
 
+CHANGES = 3
 MAX_MORE_GPUS = 64
 """Clusters up to so many times the size are tried."""
 
@@ -57,12 +60,17 @@ def explain_infeasible(engine: Engine) -> InfeasibleError:
         )
     batch, microbatches, stages = miss.candidate.global_batch, miss.candidate.microbatches, miss.candidate.stages
     where = f" on stage {miss.stage + 1} of {stages}" if stages > 1 else ""
-    changes = [*_smaller_batch(engine), *_more_gpus(engine), *_more_memory(miss)]
+    changes = itertools.islice(
+        itertools.chain(
+            _fewer_limits(engine), _smaller_batch(engine), _more_gpus(engine), _more_memory(miss), _shorter_seq(engine)
+        ),
+        CHANGES,
+    )
     return InfeasibleError(
         f"{problem.model.name} does not fit {problem.cluster.mesh} {problem.hardware.name}: the nearest miss needs"
         f" {format_gib(miss.peak_bytes)}{where}, budget {format_gib(problem.budget_bytes)} (global batch {batch},"
         f" {microbatches} microbatch{'es' * (microbatches > 1)}, {stages} stage{'s' * (stages > 1)})",
-        action=_changes_text(changes),
+        action=_changes_text(list(changes)),
     )
 
 
@@ -135,6 +143,22 @@ def _stage_peaks(prices: Prices, candidate: Candidate, s: int) -> Floats:
 def _fits(engine: Engine) -> bool:
     least = least_peak_bytes(engine)
     return least is not None and least <= engine.problem.budget_bytes
+
+
+def _fewer_limits(engine: Engine) -> Iterator[str]:
+    if engine.problem.limits != Limits() and _fits(
+        Engine(replace(engine.problem, limits=Limits()), engine.global_batches)
+    ):
+        yield "leave out --max-pp, --no-pp, --max-tp and --microbatches"
+
+
+def _shorter_seq(engine: Engine) -> Iterator[str]:
+    seq = engine.problem.model.seq // 2
+    while seq >= 1:
+        if _fits(Engine(replace(engine.problem, model=engine.problem.model.at_seq(seq)), engine.global_batches)):
+            yield f"--seq {engine.problem.model.seq} -> {seq}"
+            return
+        seq //= 2
 
 
 def _smaller_batch(engine: Engine) -> Iterator[str]:

@@ -132,7 +132,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from .. import __version__
 
-        parser.exit(0, f"galvatron_jax {__version__}\n")
+        print(f"galvatron_jax {__version__}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:

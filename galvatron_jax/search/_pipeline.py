@@ -202,7 +202,7 @@ class Pipeline:
         first = [self.prices.order.tolist().index(kind) for kind in set(self.prices.order.tolist())]
         buffers = min(message_buffers(self.prices, self.stages, stage, (layer, layer)) for layer in first)
         bounds = self.assigner.bounds(unit, in_flight, self.prices.contents.counts_SK, buffers)
-        bounds = np.where(np.isinf(bounds), np.inf, bounds * scale)
+        bounds[np.isfinite(bounds)] *= scale
         return np.append(bounds, np.inf)[self.prices.contents.of_interval]
 
 

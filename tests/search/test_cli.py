@@ -1,0 +1,250 @@
+"""The command line: every case in which a user can go wrong, and the few in which they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from galvatron_jax import _document
+from galvatron_jax.plan import Plan, load_plan
+from galvatron_jax.search._cli import main
+from tests.support.toy_models import llama_like_profile, toy_hardware
+
+SMALL = ["--mesh", "1x2", "--gpu", "h100", "--model", "llama-tiny", "--global-batch", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "galvatron_jax.search", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, check=False)
+
+
+def failure(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Exit status and message of a command that must fail without output."""
+    status = main(list(words))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("galvatron_jax.search: error: ")
+    assert "Traceback" not in captured.err
+    return status, captured.err
+
+
+def test_command_prints_the_plan_and_writes_it() -> None:
+    done = run(*SMALL)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("llama-tiny", "predicted", "peak", "megatron 3d", "optimal in the stated space", "MFU"):
+        assert words in done.stdout
+    assert "\x1b" not in done.stdout  # no colour in a pipe
+    assert load_plan("configs/optimal_solution.json").certificate
+
+
+def test_command_with_json_prints_the_document_only() -> None:
+    first, second = run(*SMALL, "--json"), run(*SMALL, "--json")
+    assert first.returncode == 0
+    assert json.loads(first.stdout)["global_batch"] == 8
+    assert first.stdout == second.stdout
+    assert not Path("configs").exists()
+
+
+def test_command_never_imports_jax() -> None:
+    code = (
+        "import sys; from galvatron_jax.search._cli import main; "
+        f"status = main({[*SMALL, '--quiet']!r}); assert status == 0; "
+        "assert not {'jax', 'flax', 'rich'} & set(sys.modules), 'imported'"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+
+
+@pytest.mark.parametrize(
+    "mesh", ["2x", "0x8", "-1x8", "2x8x4", "２x8", "1e9x8", "", "x", "2*8", "99999999x8", "2x8\x1b[31m"]
+)  # noqa: RUF001
+def test_mesh_that_cannot_be_read_is_refused_with_the_grammar(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = failure(capsys, "--mesh", mesh)
+    assert status == 2
+    assert "expected NODESxGPUS" in message
+    assert "2x8: two nodes with eight GPUs each" in message
+    assert len(message.splitlines()) == 1
+    assert "\x1b" not in message
+
+
+def test_mesh_with_a_capital_x_is_accepted() -> None:
+    assert main(["--mesh", "1X2", *SMALL[2:], "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "--mesh"),
+        (["--mesh"], "--mesh"),
+        (["--mesh", "1x2", "--bogus"], "--bogus"),
+        (["--mesh", "1x2", "--model", "lama2-7b"], "did you mean 'llama2-7b'"),
+        (["--mesh", "1x2", "--gpu", "h101"], "did you mean h100"),
+        (["--mesh", "1x2", "--gpu", "h100", "--hardware", "x.json"], "both --gpu and --hardware"),
+        (["--mesh", "1x2", "--model", "llama-tiny", "--profile", "x.json"], "both --model and --profile"),
+        (["--mesh", "1x2", "--profile", "absent.json"], "absent.json"),
+        (["--mesh", "1x2", "--hardware", "absent.json"], "absent.json"),
+        (["--mesh", "1x2", "--model", "../x.json"], "use --profile"),
+        (["--mesh", "1x2", "--memory", "lots"], "--memory"),
+        (["--mesh", "1x2", "--memory", "-5GiB"], "--memory"),
+        (["--mesh", "1x2", "--seq", "0"], "--seq"),
+        (["--mesh", "1x2", "--seq", "2.5"], "--seq"),
+        (["--mesh", "1x2", "--dtype", "int8"], "--dtype"),
+        (["--mesh", "1x2", "--global-batch", "8,,9"], "--global-batch"),
+        (["--mesh", "1x2", "--global-batch", "-8"], "--global-batch"),
+        (["--mesh", "1x2", "--global-batch", "100000000"], "--global-batch"),
+        (["--mesh", "1x2", "--max-pp", "0"], "--max-pp"),
+        (["--mesh", "1x2", "--max-tp", "two"], "--max-tp"),
+        (["--mesh", "1x2", "--microbatches", "0"], "--microbatches"),
+        (["--mesh", "1x2", "--time-limit", "nan"], "--time-limit"),
+        (["--mesh", "1x2", "--out", "."], "is a folder"),
+        (["--mesh", "1x2", "--out", "/proc/nowhere/plan.json", *SMALL[2:]], "cannot write"),
+    ],
+)
+def test_bad_arguments_end_with_status_2_and_one_message(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, message = failure(capsys, *words)
+    assert status == 2
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "truncated"),
+        (b'{"schema_version": 1, "name"', "truncated"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", ""),
+        (b"[1, 2]", ""),
+        (b'{"schema_version": 99}', "schema_version 99"),
+        (b'{"schema_version": 1, "surprise": 1}', ""),
+        (b"[" * 100_000, ""),
+        (b" " * (9 * 2**20), "bytes"),
+    ],
+)
+@pytest.mark.parametrize("flag", ["--profile", "--hardware"])
+def test_damaged_file_is_refused_by_name(
+    flag: str, content: bytes, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("damaged.json").write_bytes(content)
+    status, message = failure(capsys, "--mesh", "1x2", flag, "damaged.json")
+    assert status == 2
+    assert "damaged.json" in message
+    assert reason in message
+
+
+def test_profile_that_contradicts_itself_is_refused_with_every_violation(capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama_like_profile(layers=2, embed=64, heads=4, head_dim=16, mlp=64, vocab=64, seq=8)
+    text = _document.encode(model).replace('{"kind": "head", "count": 1}', '{"kind": "tail", "count": 1}')
+    Path("model.json").write_text(text.replace('"mlp": 64', '"mpl": 64'))
+    status, message = failure(capsys, "--mesh", "1x2", "--profile", "model.json")
+    assert status == 2
+    assert "unknown kind 'tail'" in message
+    assert "unknown class 'mlp'" in message
+
+
+def test_profiles_from_files_are_used(capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama_like_profile(layers=7, embed=64, heads=4, head_dim=16, mlp=64, vocab=61, seq=8, name="\x1b[31m[bold]")
+    _document.save(model, "model.json")
+    _document.save(toy_hardware(), "hardware.json")
+    words = ["--mesh", "1x3", "--global-batch", "3", "--profile", "model.json", "--hardware", "hardware.json"]
+    assert main([*words, "--out", "plan.json"]) == 0
+    out = capsys.readouterr().out
+    assert "[31m[bold]" in out  # neither a control sequence nor markup
+    assert "\x1b" not in out
+    assert load_plan("plan.json", model=model).hardware is not None
+
+
+def test_infeasible_budget_ends_with_status_3_in_time() -> None:
+    start = time.monotonic()
+    done = run("--mesh", "1x1", "--gpu", "h100", "--model", "llama2-7b", "--memory", "8GiB")
+    assert done.returncode == 3
+    assert time.monotonic() - start < 10
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "nearest miss needs" in done.stderr
+    assert "budget 8.0 GiB" in done.stderr
+    assert not Path("configs").exists()
+
+
+def test_out_keeps_what_is_not_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("notes.txt").write_text("mine")
+    status, message = failure(capsys, *SMALL, "--out", "notes.txt")
+    assert (status, Path("notes.txt").read_text()) == (2, "mine")
+    assert "--force" in message
+    assert main([*SMALL, "--quiet", "--out", "notes.txt", "--force"]) == 0
+    assert main([*SMALL, "--quiet", "--out", "notes.txt"]) == 0  # a plan is overwritten without asking
+    assert load_plan("notes.txt")
+
+
+def test_out_through_a_symbolic_link_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("link.json").symlink_to("elsewhere.json")
+    status, message = failure(capsys, *SMALL, "--out", "link.json")
+    assert status == 2
+    assert "symbolic link" in message
+    assert not Path("elsewhere.json").exists()
+
+
+def test_help_names_every_flag_and_version_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    flags = "mesh gpu hardware memory model profile seq dtype global-batch microbatches max-pp no-pp max-tp time-limit"
+    for flag in (*flags.split(), "out", "force", "json", "quiet", "debug", "version"):
+        assert f"--{flag}" in text
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("galvatron_jax ")
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mesh", "2x", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_time_limit_ends_with_status_0_and_an_honest_certificate(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--mesh", "2x8", "--gpu", "h100", "--model", "llama2-7b", "--time-limit", "0", "--out", "plan.json"]
+    assert main(words) == 0
+    certificate = load_plan("plan.json").certificate
+    assert certificate is not None
+    assert certificate.optimal or certificate.gap > 0
+    assert ("optimal in the stated space" in capsys.readouterr().out) == certificate.optimal
+
+
+def test_interrupted_command_ends_with_status_130_and_leaves_no_half_file(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    words = ["--mesh", "64x8", "--gpu", "h100", "--model", "llama3-70b", "--out", "plan.json"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "galvatron_jax.search", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    time.sleep(1.5)  # long enough to import and catch signals, too short to finish
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the search was over before the signal came")
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["plan.json"])
+    if Path("plan.json").exists():
+        plan = _document.load("plan.json", Plan)
+        assert plan.certificate is not None
+        assert not plan.certificate.optimal
