@@ -9,7 +9,7 @@ from typing import NamedTuple
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.cost import estimate_plan
 from galvatron_jax.errors import ClusterError
-from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, strategy_violations
+from galvatron_jax.plan import Plan, PlanRun, Remat, Stage, Strategy, model_reference, strategy_violations
 from galvatron_jax.profile import HardwareProfile, ModelProfile
 
 
@@ -77,5 +77,6 @@ def _plans(
 
 
 def _strategies(devices: int, degrees: tuple[int, ...]) -> Iterator[Strategy]:
-    for tp, sp, zero, remat in itertools.product(degrees, (False, True), range(4), ("none", "full")):
+    remats: tuple[Remat, ...] = ("none", "full")
+    for tp, sp, zero, remat in itertools.product(degrees, (False, True), range(4), remats):
         yield Strategy(tp=tp, sp=sp, dp=devices // tp, zero=zero, remat=remat)

@@ -17,6 +17,7 @@ from galvatron_jax.plan import Plan, load_plan
 from galvatron_jax.search._cli import main
 from tests.support.toy_models import llama_like_profile, toy_hardware
 
+FULL_WIDTH = "\uff12x8"
 SMALL = ["--mesh", "1x2", "--gpu", "h100", "--model", "llama-tiny", "--global-batch", "8"]
 
 
@@ -70,8 +71,8 @@ def test_command_never_imports_jax() -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh", ["2x", "0x8", "-1x8", "2x8x4", "２x8", "1e9x8", "", "x", "2*8", "99999999x8", "2x8\x1b[31m"]
-)  # noqa: RUF001
+    "mesh", ["2x", "0x8", "-1x8", "2x8x4", FULL_WIDTH, "1e9x8", "", "x", "2*8", "99999999x8", "2x8\x1b[31m"]
+)
 def test_mesh_that_cannot_be_read_is_refused_with_the_grammar(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, message = failure(capsys, "--mesh", mesh)
     assert status == 2

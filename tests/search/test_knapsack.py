@@ -12,7 +12,10 @@ from galvatron_jax.search._knapsack import Group, Menu, assignments_within, best
 def random_groups(seed: int) -> tuple[list[Group], float]:
     """Groups of small whole numbers (many ties) or of fractions, and a capacity from too little to plenty."""
     draw = random.Random(seed)
-    value = (lambda: float(draw.randint(1, 12))) if seed % 2 else draw.random
+
+    def value() -> float:
+        return float(draw.randint(1, 12)) if seed % 2 else draw.random()
+
     groups = []
     for _ in range(draw.randint(1, 3)):
         options = draw.randint(1, 4)

@@ -17,12 +17,14 @@ GOLDENS = Path(__file__).parent / "goldens"
 def hand_made_plan() -> Plan:
     """Two stages with round figures."""
     memory = {"parameters": 2 * GIB, "gradients": 2 * GIB, "optimizer": GIB, "residuals": 30 * GIB, "live": 3 * GIB}
-    stage = StagePrediction(
-        forward_s=0.1, backward_s=0.2, step_end_s=0.05, peak_bytes=38 * GIB + GIB // 4, memory={**memory, "boundary": GIB // 4}
-    )  # fmt: skip
+    memory["boundary"] = GIB // 4
+    peak = sum(memory.values())
+    stage = StagePrediction(forward_s=0.1, backward_s=0.2, step_end_s=0.05, peak_bytes=peak, memory=memory)
     wide = Strategy(tp=2, sp=True, dp=4, zero=3, remat="full")
     return Plan(
-        model=ModelReference(name="toy", structure="x", dtype="bfloat16", seq=1024, layer_count=7, parameter_count=10**9),
+        model=ModelReference(
+            name="toy", structure="x", dtype="bfloat16", seq=1024, layer_count=7, parameter_count=10**9
+        ),
         cluster=Cluster(nodes=2, gpus_per_node=8),
         memory_budget_bytes=70 * GIB,
         global_batch=64,
