@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from ..cluster import Cluster
 from ..errors import DeviceMismatchError
 from ._readings import Machine
+from ._timing import Agree, alone
 
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -53,13 +54,13 @@ def describe_machine(cluster: Cluster, devices: Sequence[jax.Device]) -> Machine
     )
 
 
-def slowest_of_all() -> Callable[[float], float]:
-    """Return a function that makes one duration of those of all processes: the longest."""
+def largest_of_all() -> Agree:
+    """Return a function that makes one number of those of all processes: the largest."""
     if jax.process_count() == 1:
-        return float
+        return alone
     from jax.experimental import multihost_utils  # loads more than one process needs
 
-    return lambda seconds: float(multihost_utils.process_allgather(np.float32(seconds)).max())
+    return lambda number: float(multihost_utils.process_allgather(np.float32(number)).max())
 
 
 def _driver() -> str:

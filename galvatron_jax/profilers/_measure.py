@@ -17,7 +17,7 @@ from ..profile import HardwareProfile
 from ._agenda import hardware_agenda
 from ._hardware import assemble_profile
 from ._log import partial_path, resume_readings, save_readings
-from ._machine import describe_machine, mesh_devices, slowest_of_all
+from ._machine import describe_machine, largest_of_all, mesh_devices
 from ._programs import subject_loop
 from ._readings import Machine, Reading
 from ._runner import Progress, Runner
@@ -96,7 +96,7 @@ def measure_hardware(
         clock=clock,
         effort=_QUICK_EFFORT if order.quick else _EFFORT,
         budget_s=order.budget_s,
-        agree=slowest_of_all(),
+        agree=largest_of_all(),
         record=record,
         show=show,
     )

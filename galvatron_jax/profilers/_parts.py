@@ -17,7 +17,7 @@ from ._fit import MonotoneFit, Point
 from ._readings import LAUNCH, LOOP, Reading, Subject
 from ._text import format_si
 
-_LEAST_SHARE = 0.5
+_LEAST_SHARE = 0.2
 """Of a reading that corrections must leave: beyond it they are noise themselves."""
 
 Fields = dict[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..profile import CollectiveTable, HardwareProfile
-from ..units import GB, format_seconds
+from ..units import format_seconds
 from ._links import bus_factor, expected_seconds, link_of
 from ._text import format_si
 
@@ -72,7 +72,7 @@ def _flops(flops_per_s: float) -> str:
 
 
 def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / GB:>6.3g} GB/s"
+    return format_si(bytes_per_s, "B/s")
 
 
 def _short(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from ..units import KIB, format_seconds
 from ._readings import Reading, Subject
-from ._timing import Clock, Effort, MeasurementError, measure_slope
+from ._timing import Agree, Clock, Effort, MeasurementError, alone, measure_slope
 
 _SLOW_SHARE = 1 / 15
 """Share of the budget that one subject may be expected to take: all groups have to fit in."""
@@ -63,10 +63,6 @@ def _ignore(_: object) -> None:
     pass
 
 
-def _alone(seconds: float) -> float:
-    return seconds
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Runner:
     """Measures subjects one after the other."""
@@ -75,8 +71,7 @@ class Runner:
     clock: Clock
     effort: Effort
     budget_s: float
-    agree: Callable[[float], float] = _alone
-    """Makes one duration of those that several processes saw: they must do the same number of trips."""
+    agree: Agree = alone
     record: Callable[[Sequence[Reading]], None] = _ignore
     """Called with all readings after each new one."""
     show: Callable[[Progress], None] = _ignore
@@ -116,9 +111,9 @@ class Runner:
         def timer(trips: int) -> float:
             start_s = self.clock.now_s()
             program.run(trips)
-            return self.agree(self.clock.now_s() - start_s)
+            return self.clock.now_s() - start_s
 
-        slope = measure_slope(timer, self.effort)
+        slope = measure_slope(timer, self.effort, self.agree)
         return Reading(
             subject=subject,
             seconds=slope.seconds / program.operations,

@@ -27,6 +27,9 @@ from ..errors import GalvatronError
 Timer = Callable[[int], float]
 """Seconds of one call with so many trips; 0 trips are allowed."""
 
+Agree = Callable[[float], float]
+"""Makes one number of those that several processes have: they must make the same calls with the same trips."""
+
 MAX_TRIPS = 2**20
 """An end for the search of k when the operation takes no time at all."""
 
@@ -84,23 +87,29 @@ class Slope(NamedTuple):
     """k."""
 
 
-def measure_slope(timer: Timer, effort: Effort) -> Slope:
+def alone(number: float) -> float:
+    """Return ``number``: what a single process agrees on with itself."""
+    return number
+
+
+def measure_slope(timer: Timer, effort: Effort, agree: Agree = alone) -> Slope:
     """Return the seconds of one trip.
 
     Args:
         timer: Calls the program with a number of trips.
         effort: Duration and number of the calls.
+        agree: With the other processes, which measure the same program.
 
     Raises:
         MeasurementError: twice the trips took no longer, after all attempts.
     """
     timer(1)  # allocations, communicators, code pages
-    trips = _choose_trips(timer, effort.target_s)
+    trips = _choose_trips(timer, effort.target_s, agree)
     times: list[tuple[float, float]] = []
     for _ in range(ATTEMPTS):
         # by turns, so that a slow spell of the machine meets both
         times += [(timer(trips), timer(2 * trips)) for _ in range(effort.repeats)]
-        slope = _slope(times, trips)
+        slope = _slope(times, trips, agree)
         if slope is not None and slope.spread <= STEADY_SPREAD:
             break
     if slope is None:
@@ -112,22 +121,22 @@ def measure_slope(timer: Timer, effort: Effort) -> Slope:
     return slope
 
 
-def _slope(times: list[tuple[float, float]], trips: int) -> Slope | None:
+def _slope(times: list[tuple[float, float]], trips: int, agree: Agree) -> Slope | None:
     """Return the slope of pairs of calls with k and 2k trips, None when it is not positive."""
     once, twice = zip(*times, strict=True)
-    slope = (min(twice) - min(once)) / trips
+    slope = agree((min(twice) - min(once)) / trips)
     if slope <= 0:
         return None
-    middle = (statistics.median(twice) - statistics.median(once)) / trips
+    middle = agree((statistics.median(twice) - statistics.median(once)) / trips)
     return Slope(slope, abs(middle - slope) / slope, trips)
 
 
-def _choose_trips(timer: Timer, target_s: float) -> int:
+def _choose_trips(timer: Timer, target_s: float, agree: Agree) -> int:
     """Return k such that k trips take about ``target_s`` seconds, at least 1."""
     call_s = min(timer(0), timer(0))
     trips = 1
     while trips < MAX_TRIPS:
-        work_s = timer(trips) - call_s
+        work_s = agree(timer(trips) - call_s)
         if work_s >= target_s / 4:
             return min(MAX_TRIPS, max(1, round(trips * target_s / work_s)))
         trips *= 4

@@ -1,0 +1,124 @@
+"""The compiled programs hold what they claim to time, and do it; on the 8 virtual CPU devices of conftest."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from galvatron_jax.cluster import parse_cluster
+from galvatron_jax.profile import CollectiveKind
+from galvatron_jax.profilers import _collectives
+from galvatron_jax.profilers._agenda import KINDS, OVERLAP_SIDE, device_groups, hardware_agenda
+from galvatron_jax.profilers._collectives import collective_loop
+from galvatron_jax.profilers._compute import launch_loop, product_loop
+from galvatron_jax.profilers._hlo import count_in_loop
+from galvatron_jax.profilers._loop import LOCAL, group_mesh
+from galvatron_jax.profilers._programs import subject_loop
+from galvatron_jax.profilers._readings import MATMUL, OVERLAP, Subject, product_flops
+from galvatron_jax.profilers._timing import MeasurementError
+from galvatron_jax.units import KIB, MIB
+
+from .fakes import reading
+
+pytestmark = pytest.mark.multidevice
+GROUPS = [(group.size, group.stride) for group in device_groups(parse_cluster("1x8"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("group", "stride"), GROUPS)
+def test_collective_stands_in_the_loop_as_often_as_claimed(kind: CollectiveKind, group: int, stride: int) -> None:
+    loop = collective_loop(kind, KIB, jax.devices(), group=group, stride=stride)
+    assert count_in_loop(loop.text, kind) == loop.operations == 8
+    loop.run(0)
+    loop.run(3)
+
+
+@pytest.mark.parametrize(("group", "stride"), GROUPS)
+def test_collective_runs_over_every_stride_th_device(group: int, stride: int) -> None:
+    text = collective_loop("all-reduce", KIB, jax.devices(), group=group, stride=stride).text
+    members = ",".join(str(stride * member) for member in range(group))
+    plain = f"{{{{{members}}}" in text
+    assert plain or f"[{8 // group},{group}]<=" in text  # the compact form of regular groups
+
+
+def test_large_collective_shares_its_trip_with_one_other() -> None:
+    loop = collective_loop("all-gather", 2 * MIB, jax.devices(), group=8, stride=1)
+    assert loop.operations == count_in_loop(loop.text, "all-gather") == 2
+
+
+@pytest.mark.parametrize(("kind", "whole"), [("all-gather", 1000), ("reduce-scatter", 1000), ("all-reduce", 1000)])
+def test_collective_moves_the_bytes_of_the_whole_array(kind: CollectiveKind, whole: int) -> None:
+    text = collective_loop(kind, 4 * whole, jax.devices(), group=8, stride=1).text
+    lines = [line for line in text.splitlines() if f" {kind}(" in line]
+    assert lines
+    assert all(f"f32[{whole}]" in line for line in lines if kind != "reduce-scatter")
+    assert all(f"f32[{whole // 8}]" in line for line in lines if kind == "reduce-scatter")
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("all-reduce", [2.0, 4.0, 2.0, 4.0]),  # groups {0, 2} and {1, 3} hold 0 + 2 and 1 + 3
+        ("all-gather", [2.0, 3.0, 2.0, 3.0]),  # the last of the group's elements
+        ("reduce-scatter", [2.0, 4.0, 2.0, 4.0]),
+        ("all-to-all", [0.0, 1.0, 0.0, 1.0]),  # first element of every device: from the first member
+        ("collective-permute", [2.0, 3.0, 0.0, 1.0]),  # from the member before
+    ],
+)
+def test_step_is_that_collective(kind: CollectiveKind, expected: list[float]) -> None:
+    mesh = group_mesh(jax.devices()[:4], 2, 2)
+    step = jax.shard_map(_collectives._step(kind, 2), mesh=mesh, in_specs=LOCAL, out_specs=(LOCAL,), check_vma=False)
+    (result,) = jax.jit(step)(np.repeat(np.arange(4.0, dtype=np.float32), 2))
+    assert np.asarray(result)[::2].tolist() == expected
+
+
+def test_collective_that_the_compiler_removed_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_collectives, "_step", lambda kind, group: lambda x: (x + 1,))
+    with pytest.raises(MeasurementError, match="left 0 of 8 all-reduce"):
+        collective_loop("all-reduce", KIB, jax.devices(), group=8, stride=1)
+
+
+def test_product_loop_keeps_its_values_finite() -> None:
+    loop = product_loop(64, "float32", jax.devices()[:2])
+    assert "f32[64,64]" in loop.text
+    assert (loop.operations, loop.glue) == (8, 1)
+    loop.run(1000)
+
+
+def test_launch_loop_counts_the_kernels_that_are_left() -> None:
+    loop = launch_loop(jax.devices(), 32)
+    assert 1 <= loop.operations <= 32
+
+
+def test_program_for_every_subject_of_a_quick_agenda_runs() -> None:
+    devices = jax.devices()[:2]
+    agenda = hardware_agenda(parse_cluster("1x2"), "cpu", quick=True)
+    small = [s for s in agenda if s.size <= MIB or (s.what == MATMUL and s.size <= product_flops(256))]
+    known = {s: reading(1e-4, **{f: getattr(s, f) for f in s.__struct_fields__}) for s in agenda}
+    assert OVERLAP in {subject.what for subject in small}
+    for subject in small:
+        subject_loop(subject, known, devices).run(1)
+
+
+def test_overlap_holds_twice_the_compute_of_its_all_reduce() -> None:
+    subject = Subject(what=OVERLAP, size=MIB, dtype="float32", group=2)
+    alone = reading(6e-4, "all-reduce", size=MIB, group=2)
+    product = reading(2e-4, MATMUL, size=product_flops(OVERLAP_SIDE["cpu"]), dtype="float32")
+    known = {r.subject: r for r in (alone, product)}
+    loop = subject_loop(subject, known, jax.devices()[:2])
+    assert loop.products == 6
+    assert count_in_loop(loop.text, "all-reduce") == loop.operations == 2
+
+
+def test_overlap_without_its_parts_raises() -> None:
+    with pytest.raises(MeasurementError, match="was not measured"):
+        subject_loop(Subject(what=OVERLAP, size=MIB, dtype="float32", group=2), {}, jax.devices()[:2])
+
+
+def test_group_mesh_has_a_place_for_every_device() -> None:
+    mesh = group_mesh(jax.devices(), 2, 2)
+    assert mesh.shape == {"before": 2, "group": 2, "after": 2}
+    assert PartitionSpec(*LOCAL) == LOCAL
+    assert [device.id for device in mesh.devices[1, :, 0]] == [4, 6]
