@@ -66,6 +66,12 @@ class DeviceMismatchError(GalvatronError, RuntimeError):
     exit_code = 4
 
 
+class ToolchainError(GalvatronError, RuntimeError):
+    """The compiler for another kind of device is not installed, failed or took too long."""
+
+    exit_code = 4
+
+
 class ModelError(GalvatronError, ValueError):
     """A model configuration whose sizes contradict each other."""
 

@@ -78,5 +78,6 @@ def test_wheel_holds_the_package_its_data_and_nothing_else(tmp_path: Path) -> No
 
     (wheel,) = tmp_path.glob("galvatron_jax-*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = {path for path in (source / "galvatron_jax").rglob("*") if path.suffix in (".py", ".json", ".typed")}
+    suffixes = (".py", ".json", ".txtpb", ".typed")
+    files = {path for path in (source / "galvatron_jax").rglob("*") if path.suffix in suffixes}
     assert names == {str(path.relative_to(source)) for path in files}

@@ -1,0 +1,131 @@
+"""Hold a compiled plan against its estimate: does it fit, and does it do what was predicted?
+
+A stage fits when the memory that its program allocates is within the budget and XLA did not rematerialise on its own
+(then it is not the plan that was asked for, and slower). Allocated are arguments and the block of temporaries with its
+gaps, a little more than the most bytes in use at one instant, which is what the estimate estimates.
+
+Limits of this version:
+
+* one-stage plans only, as the runtime;
+* attention: presets call ``jax.nn.dot_product_attention`` with implementation ``"xla"``, whose scores are arrays.
+  Unless the program holds a cuDNN call, the estimate is made again for attention without a fused kernel, so that like
+  is compared with like. A plan that was found for fused attention may therefore be called too large here.
+* what no array sees (CUDA context, NCCL buffers) is the reserve of the hardware profile, not compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from ..cost import estimate_plan, memory_budget, step_collectives
+from ..errors import UnsupportedError
+from ..hardware import load_hardware
+from ..plan import Plan, StagePrediction, check_plan
+from ..profile import HardwareProfile
+from ._compare import CollectiveRow, compare_collectives
+from ._compile import TIME_LIMIT_S, CompiledStep, compile_plan
+from ._hlo import collectives
+
+_CUDNN = "__cudnn"
+"""Prefix of the custom calls of cuDNN, attention among them (``__cudnn$fmha``)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCheck:
+    """One stage: what was estimated, what was compiled."""
+
+    stage: int
+    estimate: StagePrediction
+    attention_is_fused: bool
+    """The estimate assumes a fused attention kernel."""
+    compiled: CompiledStep
+    collectives: tuple[CollectiveRow, ...]
+    budget_bytes: int
+
+    @property
+    def error(self) -> float:
+        """Relative error of the estimated peak; negative: too low, the dangerous side."""
+        return self.estimate.peak_bytes / self.compiled.memory.peak - 1
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Why the stage does not fit; empty when it does."""
+        found = []
+        over = self.compiled.memory.allocated - self.budget_bytes
+        if over > 0:
+            found.append(f"it allocates {over / 2**30:.2f} GiB more than the budget")
+        if self.compiled.rematerialised:
+            found.append(f"XLA runs {self.compiled.rematerialised} operations twice, unasked, to save memory")
+        found += [warning for warning in self.compiled.warnings if "Can't reduce memory" in warning]
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """All stages of a plan."""
+
+    plan: Plan
+    hardware: HardwareProfile
+    stages: tuple[StageCheck, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Every stage does."""
+        return not any(stage.problems for stage in self.stages)
+
+
+def verify_plan(
+    plan: Plan, *, model: str = "", hardware: HardwareProfile | None = None, time_limit_s: float = TIME_LIMIT_S
+) -> Verification:
+    """Compile a plan for its cluster, without any GPU, and compare.
+
+    Args:
+        plan: A one-stage plan.
+        model: ``MODULE:FUNCTION`` of a model of your own (see ``_subject.load_subject``); empty: the plan's preset.
+        hardware: What the estimate is made with; the bundled profile of the plan's GPU by default.
+        time_limit_s: For the compilation.
+
+    Raises:
+        UnsupportedError: the plan has several stages, or its GPU is no compiler target.
+        ToolchainError: the compiler is missing, failed or took too long.
+        GalvatronError: the plan or the model is wrong.
+    """
+    check_plan(plan)
+    _check_stages(plan)
+    bundled = load_hardware(plan.cluster.gpu)
+    plan = msgspec.structs.replace(plan, cluster=msgspec.structs.replace(plan.cluster, gpu=bundled.name))
+    compiled = compile_plan(plan, model=model, time_limit_s=time_limit_s)
+    hardware = hardware or bundled
+    return Verification(plan=plan, hardware=hardware, stages=(_check_stage(plan, compiled, hardware),))
+
+
+def _check_stage(plan: Plan, compiled: CompiledStep, hardware: HardwareProfile) -> StageCheck:
+    fused = hardware.fused_attention and _CUDNN in compiled.hlo_text
+    assumed = msgspec.structs.replace(hardware, fused_attention=fused)
+    predicted = step_collectives(plan, compiled.profile, sums_before_reducing=hardware.sums_before_reducing)
+    return StageCheck(
+        stage=0,
+        estimate=estimate_plan(plan, compiled.profile, assumed).stages[0],
+        attention_is_fused=fused,
+        compiled=compiled,
+        collectives=compare_collectives(
+            collectives(compiled.hlo_text),
+            predicted,
+            devices=plan.stages[0].devices,
+            microbatches=plan.microbatches,
+            segments=compiled.segments,
+        ),
+        budget_bytes=plan.memory_budget_bytes or memory_budget(hardware),
+    )
+
+
+def _check_stages(plan: Plan) -> None:
+    if len(plan.stages) > 1:
+        raise UnsupportedError(
+            f"the plan has {len(plan.stages)} pipeline stages",
+            expected="one stage: this version runs and verifies no others",
+            where="plan",
+            action="search with --no-pp",
+        )

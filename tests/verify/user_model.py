@@ -1,0 +1,17 @@
+"""A user's own model for ``--model``; imported by the compiling subprocess."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.support.small_models import small_llama
+
+
+def llama() -> tuple[Any, Any, Any]:
+    """Its batch of four samples stands for any number of them."""
+    model = small_llama(embed=64, mlp=128, vocab=128)
+    return model.build, model.loss, model.batch
+
+
+def not_three_things() -> int:
+    return 3
