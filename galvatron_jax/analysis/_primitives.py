@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma
-    imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or polygamma
-    population_count pow pvary real reduce_precision rem round rsqrt select_n sharding_constraint shift_left
-    shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
+    """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
+    clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp
+    exp2 expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le le_to lgamma log log1p log2
+    logistic lt lt_to max min mul mulhi name ne neg nextafter not one_minus_square or polygamma polynomial
+    population_count pow pvary real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeros_like zeta""".split()
 )
 """They work element by element (size-1 dimensions broadcast)."""
 
-REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split()
+)
 """They combine all elements along their ``axes``."""
 
 RANDOM = frozenset(
@@ -22,14 +26,17 @@ RANDOM = frozenset(
 
 KERNELS = frozenset(
     """cond conv_general_dilated cumlogsumexp cummax cummin cumprod cumsum dot_general gather ragged_dot_general
-    rng_bit_generator scan scatter scatter-add scatter-max scatter-min scatter-mul sort top_k while""".split()
+    rng_bit_generator scan scatter scatter-add scatter-max scatter-min scatter-mul
+    scatter-sub sort top_k while""".split()
 )
 """They end a fusion: operands and results are written to memory."""
 
 VIEWS = frozenset("copy expand_dims name optimization_barrier reshape squeeze stop_gradient transpose".split())
 """Their result is the operand seen in another way."""
 
-MOVES = frozenset("broadcast_in_dim concatenate device_put dynamic_slice pad rev slice split".split())
+MOVES = frozenset(
+    "broadcast_in_dim concatenate device_put dynamic_slice pad rev slice split stack tile unstack".split()
+)
 """They move data; fused kernels take them in."""
 
 

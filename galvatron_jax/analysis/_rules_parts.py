@@ -87,6 +87,33 @@ def _concatenate(rule: Rule) -> list[list[Dim]]:
     return [dims]
 
 
+@register_rule("stack")
+def _stack(rule: Rule) -> list[list[Dim]]:
+    """Equal arrays along a new dimension, whose indices mean different things."""
+    first = rule.inputs[0]
+    for other in rule.inputs[1:]:
+        for a, b in zip(first.dims, other.dims, strict=True):
+            rule.factors.unify(a, b)
+    dims = copy_dims(first)
+    dims.insert(rule.params["axis"], rule.factors.new(len(rule.inputs), blocked=True))
+    return [dims]
+
+
+@register_rule("unstack")
+def _unstack(rule: Rule) -> list[list[Dim]]:
+    value, axis = rule.inputs[0], rule.params["axis"]
+    rule.op.needs_whole(value, value.dims[axis])
+    rule.factors.block(value.dims[axis])
+    return [[dim for i, dim in enumerate(copy_dims(value)) if i != axis] for _ in rule.results]
+
+
+@register_rule("tile")
+def _tile(rule: Rule) -> list[list[Dim]]:
+    """Each dimension repeated as a whole: the repetition is the major factor."""
+    repeats = rule.params["reps"]
+    return [[rule.factors.new(n) + dim for n, dim in zip(repeats, copy_dims(rule.inputs[0]), strict=True)]]
+
+
 @register_rule("pad")
 def _pad(rule: Rule) -> list[list[Dim]]:
     """A padded part of equal parts (the transpose of a slice or split) keeps its factors under a blocked major one."""
@@ -188,7 +215,7 @@ def _gather(rule: Rule) -> list[list[Dim]]:
     return [dims]
 
 
-@register_rule("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
+@register_rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
 def _scatter(rule: Rule) -> list[list[Dim]]:
     """Updates into a table; a sum over sharded updates is a partial result, a sharded table takes its own share."""
     table, indices, updates = rule.inputs
@@ -207,7 +234,7 @@ def _scatter(rule: Rule) -> list[list[Dim]]:
         factors.unify(updates.dims[out], indices.dims[j])
     kept = {f for i in batching for f in factors.resolve(table.dims[i])}
     summed = [f for j in range(len(indices.shape) - 1) for f in factors.resolve(indices.dims[j]) if f not in kept]
-    if rule.op.name == "scatter-add":
+    if rule.op.name in ("scatter-add", "scatter-sub"):
         rule.op.contracted = summed
     else:
         rule.op.needs_whole(updates, summed)

@@ -76,6 +76,9 @@ SHAPES: list[Case] = [
 ]
 
 PARTS: list[Case] = [
+    ("stack", lambda x, y: jnp.stack([x, y], 1), [(4, 6), (4, 6)], "ab,ab->a2!b"),
+    ("unstack", lambda x: jnp.unstack(x, axis=1), [(4, 3)], "a3!->a,a,a whole 3!"),
+    ("tile", lambda x: jnp.tile(x, (2, 2)), [(4, 6)], "ab->(ca)(db)"),
     ("aligned slice", lambda x: x[:, 2:4], [(4, 6)], "a(3!b)->ab"),
     ("other slice", lambda x: x[:, 1:4], [(4, 6)], "ab->ac whole b"),
     ("slice of one", lambda x: x[:, :1], [(4, 6)], "ab->a1 whole b"),
