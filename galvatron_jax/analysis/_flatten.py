@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-from ._jaxpr import CALLS, abstract, called_program, inner_programs, open_program, scope_of
+from ._jaxpr import CALLS, abstract, called_program, inner_programs, open_program, scan_operands, scope_of
 
 MARK = re.compile(r"mark@([^@]*)@(\d+)@")
 """Scope text of one module call: path and call number (see ``_marks``)."""
@@ -144,13 +144,13 @@ class _Builder:
         return outputs
 
     def _is_over_layers(self, eqn: JaxprEqn, inputs: Sequence[Atom]) -> bool:
-        stacked = inputs[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+        stacked = inputs[sum(scan_operands(eqn.params)) :]
         return any(v in self.weights for v in stacked)
 
     def _unroll(self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Callable[[str], str]) -> list[Atom]:
         """Write a scan over layers as its iterations; slices and stacks are ordinary equations."""
         params = eqn.params
-        fixed, carried, length = params["num_consts"], params["num_carry"], params["length"]
+        (fixed, carried), length = scan_operands(params), params["length"]
         constants, carry, stacked = inputs[:fixed], inputs[fixed : fixed + carried], inputs[fixed + carried :]
         rows: list[list[Atom]] = [[] for _ in range(length)]
         order = range(length - 1, -1, -1) if params["reverse"] else range(length)

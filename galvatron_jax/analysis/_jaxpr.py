@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,14 @@ def called_program(eqn: JaxprEqn) -> ClosedJaxpr | Jaxpr | None:
         and len(open_program(program)[0].outvars) == len(eqn.outvars)
     ]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def scan_operands(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many operands of a scan are constants and how many are carried; the others are scanned over."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # newer than 0.10: the tree of the operands
+    return len(constants), len(carried)
 
 
 def scope_of(eqn: JaxprEqn) -> str:

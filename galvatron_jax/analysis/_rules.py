@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from ._dimensions import Rule, Value, copy_dims, register_rule
 from ._factors import Dim
+from ._jaxpr import scan_operands
 from ._primitives import ELEMENTWISE, RANDOM, REDUCTIONS
 
 
@@ -166,7 +167,7 @@ def _unify_values(rule: Rule, left: Value, right: Value) -> None:
 def _scan(rule: Rule) -> list[list[Dim]]:
     """The body once for all iterations: carries keep their dimensions, the scanned dimension is whole."""
     params, length = rule.params, rule.params["length"]
-    fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+    fixed, carried = scan_operands(params)[0], sum(scan_operands(params))
     stacked = rule.inputs[carried:]
     slices = [Value(v.shape[1:], v.dtype, v.dims[1:]) for v in stacked]
     results = rule.walk.run_inner(params["jaxpr"], [*rule.inputs[:carried], *slices], rule.op.times * length)
