@@ -76,4 +76,5 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
 def _memory(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:
     sums = summarise(kind, is_fused(kind, setting.hardware))
     shares = Shares.of(strategy, setting.microbatch)
-    return layer_memory(sums, weigh(kind, strategy.tp, strategy.dp), strategy, shares, setting.training)
+    weights = weigh(kind, strategy.tp, strategy.dp)
+    return layer_memory(sums, weights, strategy, shares, setting.training, accumulates=setting.microbatches > 1)

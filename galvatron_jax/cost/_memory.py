@@ -3,11 +3,13 @@
 State (persistent; w elements after tensor parallelism; /dp where zero shards and a dimension divides, plan.zero_dim)
 
     parameters   w * storage itemsize                        / dp from zero 3
-    gradients    w * storage itemsize                        / dp from zero 2
+    gradients    w * storage itemsize                        / dp from zero 2; from zero 1 without accumulation
     optimizer    w * training.state_bytes_per_parameter      / dp from zero 1
 
 Gradients live in the storage dtype, with or without accumulation: the compiled step allocates them for all layers at
-once (the output of the scan over layers, or the accumulator of the scan over microbatches).
+once (the output of the scan over layers, or the accumulator of the scan over microbatches). With one microbatch there
+is no accumulator, and zero 1 reduces gradients straight into the optimizer's layout: programs of zero 1 and zero 2 have
+the same peak to the byte (benchmarks/memory_h100_aot_2026-11-22.md).
 
 Residuals (per in-flight microbatch): the stream input, and without remat all that forward keeps for backward.
 
@@ -41,15 +43,24 @@ STATE = ("parameters", "gradients", "optimizer")
 
 
 def layer_memory(
-    sums: KindSums, weights: Weights, strategy: Strategy, shares: Shares, training: Training
+    sums: KindSums, weights: Weights, strategy: Strategy, shares: Shares, training: Training, *, accumulates: bool
 ) -> dict[str, float]:
-    """Return the bytes of one layer by category (residuals: of one microbatch)."""
+    """Return the bytes of one layer by category (residuals: of one microbatch).
+
+    Args:
+        sums: The layer kind.
+        weights: Its parameters under the strategy's (tp, dp).
+        strategy: The strategy.
+        shares: What the strategy leaves on one device.
+        training: What the optimizer keeps.
+        accumulates: More than one microbatch per step.
+    """
     zero = strategy.zero
     residuals = sums.residuals.at(shares)
     live = sums.workspace.at(shares) + _weight_copies(weights, zero) + weights.replicated.computed
     return {
         "parameters": weights.held(zero >= 3).stored,
-        "gradients": weights.held(zero >= 2).stored,
+        "gradients": weights.held(zero >= (2 if accumulates else 1)).stored,
         "optimizer": weights.held(zero >= 1).elements * training.state_bytes_per_parameter,
         "residuals": sums.stream_input.at(shares) + (residuals if strategy.remat == "none" else 0.0),
         "live": live + (residuals if strategy.remat == "full" else 0.0),

@@ -51,7 +51,6 @@ def memory(strategy: Strategy, microbatches: int = 1) -> dict[str, float]:
     ("zero", "parameters", "gradients", "optimizer"),
     [
         (0, 4 * (W + B), 4 * (W + B), 8 * (W + B)),
-        (1, 4 * (W + B), 4 * (W + B), 8 * (W / 8 + B)),  # 8 does not divide the odd parameter: it stays whole
         (2, 4 * (W + B), 4 * (W / 8 + B), 8 * (W / 8 + B)),
         (3, 4 * (W / 8 + B), 4 * (W / 8 + B), 8 * (W / 8 + B)),
     ],
@@ -61,6 +60,14 @@ def test_state_by_zero_level(
 ) -> None:
     found = memory(Strategy(dp=8, zero=zero), microbatches)
     assert (found["parameters"], found["gradients"], found["optimizer"]) == (parameters, gradients, optimizer)
+
+
+@pytest.mark.parametrize(("microbatches", "gradients"), [(1, 4 * (W / 8 + B)), (2, 4 * (W + B))])
+def test_zero_1_keeps_whole_gradients_only_to_accumulate_them(microbatches: int, gradients: float) -> None:
+    """8 does not divide the odd parameter: it stays whole."""
+    found = memory(Strategy(dp=8, zero=1), microbatches)
+    assert (found["parameters"], found["optimizer"]) == (4 * (W + B), 8 * (W / 8 + B))
+    assert found["gradients"] == gradients
 
 
 def test_state_under_tensor_parallelism_divides_the_candidate_s_parameters_only() -> None:
