@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from .analysis import Analysis, Loss, analyse_model, split_parameters
 from .cluster import Cluster
 from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
-from .plan import Plan, Training, check_devices, check_plan
+from .plan import Plan, Training, check_devices, check_plan, load_plan
 from .profile import HardwareProfile
 from .runtime import StagePrograms, TrainState, plan_model, stage_mesh
 from .search import describe_plan, find_plan
@@ -43,7 +44,7 @@ def auto_shard(
     *,
     loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    plan: Plan | None = None,
+    plan: Plan | str | Path | None = None,
     cluster: Cluster | None = None,
     hardware: HardwareProfile | None = None,
 ) -> ShardedModel:
@@ -55,21 +56,27 @@ def auto_shard(
         loss: ``loss(model, batch)``, the mean over the batch; next-token cross-entropy by default
             (``models.next_token_loss``).
         optimizer: Any optax transformation; ``optax.adamw(3e-4)`` by default.
-        plan: How to spread it; searched for when the first batch comes by default.
+        plan: How to spread it, or the file that says so; searched for when the first batch comes by default.
         cluster: The devices as nodes and GPUs; what JAX sees by default.
         hardware: What the search prices with; the bundled profile of the cluster's GPU by default.
 
     Raises:
-        DeviceMismatchError: the plan or the cluster needs another number of devices than JAX sees.
-        UnsupportedError: the plan has several stages, or the loss comes from several processes.
+        DocumentError: the plan's file is not a valid plan.
+        DeviceMismatchError: the plan needs another number of devices than JAX sees.
+        UnsupportedError: the plan has several stages, or JAX runs in several processes (both come in a later version).
+
+    Gradients of several microbatches are reduced in every microbatch by this version's step, not once at the end as the
+    estimate assumes for zero 0 and 1: with slow links between data-parallel ranks such a step is slower than predicted.
     """
     from .models import next_token_loss  # the default loss alone needs it
 
+    if isinstance(plan, (str, Path)):
+        plan = load_plan(plan)
     cluster = cluster or (plan.cluster if plan else visible_cluster())
     if plan is not None:
         check_plan(plan)
         check_devices(plan, jax.device_count())
-        _check_runnable(plan)
+    _check_runnable(plan)
     return ShardedModel(
         model,
         loss=loss or next_token_loss,
@@ -245,8 +252,15 @@ def visible_cluster() -> Cluster:
     return Cluster(nodes=jax.process_count(), gpus_per_node=jax.local_device_count(), gpu=kind)
 
 
-def _check_runnable(plan: Plan) -> None:
-    if len(plan.stages) > 1:
+def _check_runnable(plan: Plan | None) -> None:
+    if jax.process_count() > 1:
+        raise UnsupportedError(
+            f"JAX runs in {jax.process_count()} processes",
+            expected="one process in this version",
+            where="auto_shard",
+            action="run on the GPUs of one machine; several processes come in a later version",
+        )
+    if plan is not None and len(plan.stages) > 1:
         raise UnsupportedError(
             f"the plan has {len(plan.stages)} pipeline stages",
             expected="one stage in this version",

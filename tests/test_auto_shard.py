@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import optax
@@ -13,7 +15,7 @@ from galvatron_jax.analysis import analyse_model
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.errors import DeviceMismatchError, GalvatronError, PlanError, UnsupportedError
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
-from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, save_plan
 
 BATCH, SEQ = 16, 32
 CONFIG = LlamaConfig(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2, seq=SEQ, dtype="float32")
@@ -114,6 +116,12 @@ def test_explain_names_every_strategy_of_the_plan(plan: Plan) -> None:
     text = auto_shard(build, plan=plan).explain()
     assert "1 stage of 8 GPUs" in text
     assert [line.split()[1] for line in text.splitlines()[2:6]] == ["embed", "layers.*", "layers.*", "head"]
+
+
+def test_plan_given_as_a_file_is_the_plan_in_it(plan: Plan, tmp_path: Path) -> None:
+    path = save_plan(plan, tmp_path / "plan.json")
+    assert auto_shard(build, plan=path).plan == plan
+    assert auto_shard(build, plan=str(path)).plan == plan
 
 
 def test_plan_with_several_stages_is_refused_naming_their_number(plan: Plan) -> None:
