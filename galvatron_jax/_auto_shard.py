@@ -1,42 +1,26 @@
 """The door: analysis, search and runtime for a user's model, in one page.
 
-    trainer = auto_shard(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    for batch in data:
-        loss = trainer.step(batch).loss
-
-Nothing happens before the first batch is seen: its shape is needed to trace the loss. Then the model is analysed, a
-plan searched (unless one was given), the state built straight into its shardings, and the step compiled.
+trainer = auto_shard(lambda: Llama(config, rngs=nnx.Rngs(0)))
+for batch in data:
+    loss = trainer.step(batch).loss
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import optax
 from flax import nnx
 
-from .analysis import Analysis, Loss, analyse_model, split_parameters
+from ._sharded_model import ShardedModel
+from .analysis import Loss
 from .cluster import Cluster
-from .errors import GalvatronError, PlanError, UnsupportedError
+from .errors import DeviceMismatchError, UnsupportedError
 from .hardware import load_hardware
-from .plan import Plan, Training, check_devices, check_plan, load_plan
+from .plan import Plan, check_devices, check_plan, load_plan
 from .profile import HardwareProfile
-from .runtime import StagePrograms, TrainState, plan_model, stage_mesh
-from .search import describe_plan, find_plan
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one training step returns."""
-
-    loss: jax.Array
-    """Mean loss of the batch before the update, a float32 scalar still on its way (convert it to wait)."""
-    step: int
-    """Number of updates so far, this one included."""
 
 
 def auto_shard(
@@ -62,7 +46,7 @@ def auto_shard(
 
     Raises:
         DocumentError: the plan's file is not a valid plan.
-        DeviceMismatchError: the plan needs another number of devices than JAX sees.
+        DeviceMismatchError: the plan or the cluster needs another number of devices than JAX sees.
         UnsupportedError: the plan has several stages, or JAX runs in several processes (both come in a later version).
 
     Gradients of several microbatches are reduced in every microbatch by this version's step, not once at the end as the
@@ -76,7 +60,7 @@ def auto_shard(
     if plan is not None:
         check_plan(plan)
         check_devices(plan, jax.device_count())
-    _check_runnable(plan)
+    _check_runnable(cluster, plan)
     return ShardedModel(
         model,
         loss=loss or next_token_loss,
@@ -85,161 +69,6 @@ def auto_shard(
         cluster=cluster,
         hardware=hardware,
     )
-
-
-class ShardedModel:
-    """A model in training under a plan; made by ``auto_shard``."""
-
-    def __init__(
-        self,
-        model: nnx.Module | Callable[[], nnx.Module],
-        *,
-        loss: Loss,
-        optimizer: optax.GradientTransformation,
-        plan: Plan | None,
-        cluster: Cluster,
-        hardware: HardwareProfile | None,
-    ) -> None:
-        """Hold the parts; see ``auto_shard``."""
-        self._source, self._loss, self._optimizer = model, loss, optimizer
-        self._plan, self._cluster, self._hardware = plan, cluster, hardware
-        self._analysis: Analysis | None = None
-        self._programs: StagePrograms | None = None
-        self._state: TrainState | None = None
-        self._steps = 0
-
-    def prepare(self, batch: Any) -> Plan:
-        """Analyse, search and build the state for batches shaped like ``batch``; return the plan.
-
-        Done by the first ``step`` or ``eval`` on its own.
-
-        Args:
-            batch: A pytree of arrays whose dimension 0 is the global batch.
-
-        Raises:
-            AnalysisError: the model or loss cannot be traced.
-            InfeasibleError: no plan fits the devices' memory.
-            PlanError: the given plan does not belong to this model or batch.
-        """
-        if self._programs is None:
-            samples = _batch_size(batch)
-            self._plan = self._plan or self._search(batch, samples)
-            analysis = self._analyse(batch, samples, self._plan)
-            check_plan(self._plan, analysis.profile)
-            planned = plan_model(analysis, self._plan, stage_mesh(self._cluster, jax.devices()))
-            self._programs = StagePrograms(planned, self._optimizer, self._plan.microbatches)
-            self._state = self._build_state(self._programs)
-        return self.plan
-
-    def step(self, batch: Any) -> StepResult:
-        """Train on one global batch.
-
-        Args:
-            batch: A pytree of host or device arrays, always of the same shape; dimension 0 is the global batch.
-
-        Raises:
-            PlanError: the batch has another number of samples than the plan.
-        """
-        programs = self._ready(batch)
-        self._state, loss = programs.train(self.state, programs.place_batch(jax.tree.leaves(batch)))
-        self._steps += 1
-        return StepResult(loss=loss, step=self._steps)
-
-    def eval(self, batch: Any) -> jax.Array:
-        """Return the mean loss of a batch under the same plan, without an update."""
-        programs = self._ready(batch)
-        return programs.evaluate(self.state, programs.place_batch(jax.tree.leaves(batch)))
-
-    @property
-    def plan(self) -> Plan:
-        """The plan in use.
-
-        Raises:
-            GalvatronError: no plan was given, and no batch has been seen yet.
-        """
-        if self._plan is None:
-            raise GalvatronError("there is no plan yet", action="call prepare(batch) or step(batch) first")
-        return self._plan
-
-    @property
-    def state(self) -> TrainState:
-        """Parameters, optimizer state, model state and step number, as global arrays.
-
-        Raises:
-            GalvatronError: no batch has been seen yet.
-        """
-        if self._state is None:
-            raise GalvatronError("there is no state yet", action="call prepare(batch) or step(batch) first")
-        return self._state
-
-    @property
-    def model(self) -> nnx.Module:
-        """The user's own module with the trained parameters (global arrays, sharded as the plan says)."""
-        state = self.state
-        assert self._programs is not None, "a state comes with its programs"
-        graph = self._programs.model.analysis.trace.graph
-        copy: nnx.Module = nnx.merge(graph, *jax.tree.map(lambda x: x.copy(), (state.parameters, state.model_state)))
-        return copy
-
-    def explain(self) -> str:
-        """Return the plan as text: what runs where, and what it should cost."""
-        return describe_plan(self.plan)
-
-    def _ready(self, batch: Any) -> StagePrograms:
-        self.prepare(batch)
-        assert self._programs is not None, "prepare builds them"
-        if _batch_size(batch) != self.plan.global_batch:
-            raise PlanError(
-                f"got a batch of {_batch_size(batch)} samples",
-                expected=f"{self.plan.global_batch}, the plan's global batch",
-                where="batch",
-                action="drop the remainder of the data, or search a plan for this batch",
-            )
-        return self._programs
-
-    def _analyse(self, batch: Any, samples: int, plan: Plan | None) -> Analysis:
-        """Analyse at the shape of one microbatch (the whole batch while there is no plan); the last trace is kept."""
-        if plan is not None and samples != plan.global_batch:
-            raise PlanError(
-                f"got a batch of {samples} samples",
-                expected=f"{plan.global_batch}",
-                where="batch",
-                action="see the plan",
-            )
-        size = plan.microbatch_size if plan else samples
-        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
-        if self._analysis is None or jax.tree.leaves(self._analysis.trace.batch) != jax.tree.leaves(spec):
-            name = (
-                plan.model.name
-                if plan
-                else type(self._source).__name__
-                if isinstance(self._source, nnx.Module)
-                else "model"
-            )
-            self._analysis = analyse_model(self._source, self._loss, spec, name=name)
-        return self._analysis
-
-    def _search(self, batch: Any, samples: int) -> Plan:
-        profile = self._analyse(batch, samples, None).profile
-        hardware = self._hardware or load_hardware(self._cluster.gpu)
-        return find_plan(
-            profile, self._cluster, hardware, global_batches=(samples,), max_stages=1, training=self._training()
-        ).plan
-
-    def _training(self) -> Training:
-        """What this optimizer keeps for each parameter."""
-        assert self._analysis is not None, "the search follows an analysis"
-        parameters = self._analysis.trace.parameters
-        count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-        state = jax.eval_shape(self._optimizer.init, parameters)
-        state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        return Training(optimizer="optax", state_bytes_per_parameter=round(state_bytes / max(count, 1)))
-
-    def _build_state(self, programs: StagePrograms) -> TrainState:
-        source = self._source
-        if isinstance(source, nnx.Module):
-            return programs.adopt(*split_parameters(source)[1:])
-        return programs.create(lambda: split_parameters(source())[1:])
 
 
 def visible_cluster() -> Cluster:
@@ -252,7 +81,14 @@ def visible_cluster() -> Cluster:
     return Cluster(nodes=jax.process_count(), gpus_per_node=jax.local_device_count(), gpu=kind)
 
 
-def _check_runnable(plan: Plan | None) -> None:
+def _check_runnable(cluster: Cluster, plan: Plan | None) -> None:
+    if cluster.devices != jax.device_count():
+        raise DeviceMismatchError(
+            f"the cluster {cluster.mesh} has {cluster.devices} devices, {jax.device_count()} are visible",
+            expected="equal numbers",
+            where="cluster",
+            action="leave it out to use all visible devices",
+        )
     if jax.process_count() > 1:
         raise UnsupportedError(
             f"JAX runs in {jax.process_count()} processes",
@@ -267,15 +103,3 @@ def _check_runnable(plan: Plan | None) -> None:
             where="plan",
             action="search with --no-pp; pipelined execution comes in a later version",
         )
-
-
-def _batch_size(batch: Any) -> int:
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
-    if len(sizes) != 1:
-        raise PlanError(
-            f"got batch leaves with {sorted(sizes)} samples",
-            expected="arrays that agree in dimension 0, the global batch",
-            where="batch",
-            action="pass a pytree of arrays such as {'inputs': ..., 'targets': ...}",
-        )
-    return int(sizes.pop())

@@ -67,7 +67,7 @@ class Cluster(Value, frozen=True, kw_only=True):
         )
 
     def tensor_degrees(self, devices: int) -> tuple[int, ...]:
-        """Return the tensor-parallel degrees of a stage of ``devices`` devices: products of trailing mesh axes, ascending.
+        """Return the tensor-parallel degrees of a stage of ``devices`` devices, ascending: products of trailing axes.
 
         Data parallelism takes the leading axes and tensor parallelism the trailing ones, so a degree that is no such
         product (3 on six devices, whose axes are 3 and 2) has no set of axes.

@@ -143,6 +143,11 @@ def test_plan_for_other_devices_is_refused_before_any_compile(plan: Plan) -> Non
         auto_shard(build, plan=foreign)
 
 
+def test_cluster_of_other_devices_is_refused() -> None:
+    with pytest.raises(DeviceMismatchError, match="2x8 has 16 devices, 8 are visible"):
+        auto_shard(build, cluster=Cluster(nodes=2, gpus_per_node=8))
+
+
 def test_plan_of_another_model_is_refused_with_both_structures(plan: Plan) -> None:
     wider = LlamaConfig(vocab=64, embed=64, mlp=64, layers=2, heads=4, kv_heads=2, seq=SEQ, dtype="float32")
     trained = auto_shard(lambda: Llama(wider, rngs=nnx.Rngs(0)), plan=plan)
