@@ -129,9 +129,9 @@ def _print_result(result: HardwareResult, out: Path, taken_s: float) -> None:
     else:
         print(plain_table(rows))
     print(
-        f"\nexpected: bundled profile {result.base.name}; collectives: time at the smallest size, bus bandwidth at the"
+        f"\nexpected: profile {result.base.name}. collectives: time at the smallest size, bus bandwidth at the largest"
     )
-    print(f"largest. wrote {out} in {format_seconds(taken_s)}")
+    print(f"wrote {out} in {format_seconds(taken_s)}")
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
     if not result.complete:

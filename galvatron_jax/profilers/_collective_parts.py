@@ -11,12 +11,12 @@ from ..profile import CollectiveTable, Link
 from ._agenda import KINDS
 from ._fit import Point, monotone_fit
 from ._links import fit_link
-from ._parts import Fields, Overheads, Part, by_series, outlier_notes
+from ._parts import Fields, Overheads, Part, by_series, outlier_notes, without_unsteady
 from ._readings import Reading, Subject
 
 
 def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
-    seconds = {s: overheads.corrected(r) for s, r in known.items() if s.what in KINDS}
+    seconds = {s: overheads.corrected(r) for s, r in without_unsteady(known).items() if s.what in KINDS}
     places: dict[tuple[str, int, bool], dict[int, list[float]]] = {}
     for subject, taken_s in seconds.items():
         key = (subject.what, subject.group, inside_node(subject, cluster))
@@ -37,7 +37,7 @@ def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cl
         return Part({}, {}, notes)
     ratios = [max(times) / min(times) for sizes in places.values() for times in sizes.values()]
     how = (
-        "all groups of the mesh at once; slope of loops of 8 (up to 1 MiB) or 2 in a trip, loop and glue subtracted; "
+        "all groups of the mesh at once; slope of loops, loop and glue subtracted; "
         f"the slowest where groups of one size lie differently (largest ratio {max(ratios):.2f}); made monotone"
     )
     links, link_how = _link_fields(seconds, cluster)

@@ -16,12 +16,10 @@ from jax import lax
 from ..profile import CollectiveKind
 from ..units import MIB
 from ._hlo import count_in_loop
-from ._loop import GROUP, Loop, Operand, State, compile_loop, group_mesh
+from ._loop import GROUP, Loop, Operand, State, compile_loop, group_mesh, steps_in_trip
 from ._timing import MeasurementError
 
 _SMALL_BYTES = MIB
-_UNROLL_SMALL, _UNROLL_LARGE = 8, 2
-"""Collectives in one trip: many where the loop itself would be felt. Two at least, see ``_loop``."""
 
 _GLUE: dict[CollectiveKind, int] = {"all-gather": 1, "reduce-scatter": 1}
 
@@ -44,7 +42,7 @@ def collective_loop(
     Raises:
         MeasurementError: the compiler took collectives out of the loop, or the devices refused the program.
     """
-    unroll = _UNROLL_SMALL if size_bytes <= _SMALL_BYTES else _UNROLL_LARGE
+    unroll = steps_in_trip(devices, small=size_bytes <= _SMALL_BYTES)
     elements = -(-size_bytes // (_ITEM_BYTES * group)) * group
     local = elements // group if kind == "all-gather" else elements
     mesh = group_mesh(devices, group, stride)

@@ -12,13 +12,11 @@ import jax
 from jax import lax
 
 from ._hlo import count_in_loop, kernels_in_loop
-from ._loop import GROUP, Loop, Operand, State, compile_loop, group_mesh
+from ._loop import GROUP, Loop, Operand, State, compile_loop, group_mesh, steps_in_trip
 from ._timing import MeasurementError
 
 _TINY = 128
 _SMALL_SIDE = 1024
-_UNROLL_SMALL, _UNROLL_LARGE = 8, 2
-"""Products in one trip: many where the loop itself would be felt. Two at least, see ``_loop``."""
 
 _ITEM_BYTES = 4
 
@@ -43,7 +41,7 @@ def copy_loop(size_bytes: int, devices: Sequence[jax.Device]) -> Loop:
 def product_loop(side: int, dtype: str, devices: Sequence[jax.Device]) -> Loop:
     """Return a loop of products of two square matrices, each with a kernel that feeds one element of it to the next."""
     operands = [Operand(shape=(side, side), dtype=dtype, noise=True)] * 2
-    unroll = _UNROLL_SMALL if side <= _SMALL_SIDE else _UNROLL_LARGE
+    unroll = steps_in_trip(devices, small=side <= _SMALL_SIDE)
     loop = compile_loop(_product, operands, group_mesh(devices, len(devices), 1), unroll=unroll)
     return dataclasses.replace(loop, glue=1)
 

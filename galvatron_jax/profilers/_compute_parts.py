@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from ..profile import CurvePoint, HardwareProfile
 from ..units import format_seconds
 from ._fit import monotone_fit
-from ._parts import NOTHING, Fields, Overheads, Part, by_series, outlier_notes
+from ._parts import NOTHING, Fields, Overheads, Part, by_series, outlier_notes, without_unsteady
 from ._readings import COPY, LAUNCH, MATMUL, OVERLAP, Reading, Subject, overlap_parts
 from ._text import format_si
 
@@ -42,7 +42,7 @@ def copy_fields(known: Mapping[Subject, Reading], overheads: Overheads) -> Part:
 
 
 def product_fields(known: Mapping[Subject, Reading], overheads: Overheads, base: HardwareProfile, main: str) -> Part:
-    series = by_series((s, overheads.corrected(r)) for s, r in known.items() if s.what == MATMUL)
+    series = by_series((s, overheads.corrected(r)) for s, r in without_unsteady(known).items() if s.what == MATMUL)
     fits = {dtype: monotone_fit(points) for (_, dtype, _, _), points in series.items()}
     if main not in fits:
         return NOTHING

@@ -12,11 +12,9 @@ from ..profile import HardwareProfile
 from ._agenda import MAIN_DTYPE, OVERLAP_SIDE
 from ._collective_parts import collective_fields
 from ._compute_parts import copy_fields, launch_fields, overlap_fields, product_fields
-from ._parts import Part, find_overheads
+from ._parts import UNSTEADY_SPREAD, Part, find_overheads
 from ._readings import Machine, Reading
 from ._text import summarize
-
-_UNSTEADY_SPREAD = 0.5
 
 
 class Assembly(NamedTuple):
@@ -47,8 +45,10 @@ def assemble_profile(
         overlap_fields(known, overheads, OVERLAP_SIDE[machine.platform]),
         collective_fields(known, overheads, cluster),
     )
-    unsteady = sorted((r for r in readings if r.spread > _UNSTEADY_SPREAD), key=lambda r: -r.spread)
+    unsteady = sorted((r for r in readings if r.spread > UNSTEADY_SPREAD), key=lambda r: -r.spread)
     notes += summarize("unsteady", [f"{r.subject.text} (spread {r.spread:.0%})" for r in unsteady])
+    if machine.processes < cluster.nodes:
+        notes.append(f"{machine.processes} process stands for {cluster.nodes} nodes: no network was measured")
     stamp = f"measured {date} on {machine.devices} x {machine.device_kind} ({machine.mesh}, {_software(machine)})"
     sources = {field: f"from {base.name}: {text}" for field, text in base.sources.items()}
     sources |= {field: f"{stamp}: {text}" for field, text in how.items()}

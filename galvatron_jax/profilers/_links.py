@@ -35,7 +35,10 @@ def ring_steps(kind: CollectiveKind, group: int) -> int:
 
 
 def expected_seconds(kind: CollectiveKind, group: int, size_bytes: float, link: Link) -> float:
-    """Return what ``link`` promises for a collective, as a ring over links of that one kind."""
+    """Return what ``link`` promises for a collective, as one ring over links of that kind.
+
+    Limit: groups with several members on each of several nodes have as many rings over the network and may be faster.
+    """
     work_s = bus_factor(kind, group) * size_bytes / link.bandwidth_bytes_per_s
     return work_s + ring_steps(kind, group) * link.latency_s
 

@@ -29,6 +29,10 @@ BEFORE, GROUP, AFTER = "before", "group", "after"
 LOCAL = PartitionSpec((BEFORE, GROUP, AFTER))
 """Each device holds its own part of the first dimension."""
 
+_STEPS, _SMALL_STEPS = 2, 8
+"""Steps in one trip: two spare a copy, eight share the 10 to 20 us that a GPU's host takes for each trip. A CPU's loop
+costs nothing, and there longer programs only take longer to compile."""
+
 State = tuple[jax.Array, ...]
 Step = Callable[..., State]
 """From the arrays of one device to arrays of the same shapes."""
@@ -64,6 +68,16 @@ def group_mesh(devices: Sequence[jax.Device], size: int, stride: int) -> Mesh:
     """Return a mesh whose ``GROUP`` axis holds every ``stride``-th device, ``size`` of them."""
     grid = np.array(devices, dtype=object).reshape(len(devices) // (size * stride), size, stride)
     return Mesh(grid, (BEFORE, GROUP, AFTER), axis_types=(AxisType.Auto,) * 3)
+
+
+def steps_in_trip(devices: Sequence[jax.Device], *, small: bool) -> int:
+    """Return how many steps one trip should have; ``small``: so quick that the loop itself would be felt."""
+    return _SMALL_STEPS if small and platform_of(devices) == "gpu" else _STEPS
+
+
+def platform_of(devices: Sequence[jax.Device]) -> str:
+    """Return ``"cpu"`` or ``"gpu"``."""
+    return "cpu" if devices[0].platform == "cpu" else "gpu"
 
 
 def compile_loop(step: Step, operands: Sequence[Operand], mesh: Mesh, *, unroll: int = 1) -> Loop:

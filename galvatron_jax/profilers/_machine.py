@@ -11,6 +11,7 @@ import numpy as np
 
 from ..cluster import Cluster
 from ..errors import DeviceMismatchError
+from ._loop import platform_of
 from ._readings import Machine
 from ._timing import Agree, alone
 
@@ -42,7 +43,7 @@ def mesh_devices(cluster: Cluster) -> tuple[jax.Device, ...]:
 
 def describe_machine(cluster: Cluster, devices: Sequence[jax.Device]) -> Machine:
     """Return what identifies this machine in a profile."""
-    platform = "cpu" if devices[0].platform == "cpu" else "gpu"
+    platform = platform_of(devices)
     return Machine(
         platform=platform,
         device_kind=devices[0].device_kind,

@@ -9,6 +9,7 @@ Corrections, on the seconds of one operation:
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,12 @@ from ._text import format_si
 
 _LEAST_SHARE = 0.2
 """Of a reading that corrections must leave: beyond it they are noise themselves."""
+
+UNSTEADY_SPREAD = 0.5
+"""Spread of a reading (see ``Slope``) above which it is named, and counts only where steady ones are missing."""
+
+_ENOUGH_STEADY = 3
+"""Steady readings of a series that make a curve without the unsteady ones."""
 
 Fields = dict[str, Any]
 
@@ -33,6 +40,13 @@ class Part(NamedTuple):
 
 
 NOTHING = Part({}, {}, [])
+
+
+def without_unsteady(readings: Mapping[Subject, Reading]) -> dict[Subject, Reading]:
+    """Return the readings that curves go through: of each series the steady ones, or all when these are too few."""
+    steady = {s: r for s, r in readings.items() if r.spread <= UNSTEADY_SPREAD}
+    count = Counter(subject.series for subject in steady)
+    return {s: r for s, r in readings.items() if s in steady or count[s.series] < _ENOUGH_STEADY}
 
 
 class Overheads(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 from ._agenda import KINDS, OVERLAP_SIDE
 from ._collectives import collective_loop
 from ._compute import copy_loop, launch_loop, overlap_loop, product_loop
-from ._loop import Loop
+from ._loop import Loop, platform_of
 from ._readings import COPY, LAUNCH, LOOP, MATMUL, OVERLAP, Reading, Subject, overlap_parts, product_side
 from ._timing import MeasurementError
 
@@ -44,7 +44,7 @@ def subject_loop(subject: Subject, readings: Mapping[Subject, Reading], devices:
     if subject.what == MATMUL:
         return product_loop(product_side(subject.size), subject.dtype, devices)
     assert subject.what == OVERLAP, subject
-    side = OVERLAP_SIDE[_platform(devices)]
+    side = OVERLAP_SIDE[platform_of(devices)]
     products = _products_beside(subject, side, readings)
     return overlap_loop(subject.size, side, subject.dtype, devices, group=subject.group, products=products)
 
@@ -55,7 +55,3 @@ def _products_beside(subject: Subject, side: int, readings: Mapping[Subject, Rea
         raise MeasurementError("the all-reduce or the product alone was not measured", action="skipped")
     alone, product = parts
     return min(_MOST_PRODUCTS, math.ceil(_COMPUTE_SHARE * alone.seconds / product.seconds))
-
-
-def _platform(devices: Sequence[jax.Device]) -> str:
-    return "cpu" if devices[0].platform == "cpu" else "gpu"

@@ -100,7 +100,7 @@ class Runner:
             try:
                 readings[subject] = self._reading(subject, readings)
             except MeasurementError as error:
-                failed[subject] = error.message
+                failed[subject] = error.problem
             else:
                 self.record(tuple(readings.values()))
         return Outcome(tuple(readings.values()), failed, skipped)

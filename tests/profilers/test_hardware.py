@@ -187,6 +187,22 @@ def test_outliers_and_unsteady_readings_are_named() -> None:
     assert "unsteady: all-gather over 8 devices, stride 1, 1.05 MB (spread 90%)" in notes
 
 
+def test_unsteady_reading_counts_only_where_steady_ones_are_missing() -> None:
+    times = {1 << 10: 2.6e-5, 1 << 16: 1.1e-6, 1 << 20: 5e-4, 1 << 22: 2e-3}
+    rows = [reading(t, "all-gather", size=s, group=8, spread=1.8 * (s == 1 << 16)) for s, t in times.items()]
+    (table,) = assemble(rows).profile.collectives
+    assert table.sizes_bytes == (1 << 10, 1 << 20, 1 << 22)
+    (table,) = assemble(rows[1:3]).profile.collectives
+    assert table.sizes_bytes == (1 << 16, 1 << 20)
+
+
+@pytest.mark.parametrize(("processes", "named"), [(1, True), (2, False), (16, False)])
+def test_nodes_inside_one_process_are_named(processes: int, named: bool) -> None:
+    machine = msgspec.structs.replace(MACHINE, processes=processes)
+    notes = assemble_profile(everything(), BASE, CLUSTER, machine, date="2026-11-22").notes
+    assert any("no network was measured" in note for note in notes) == named
+
+
 def test_one_size_makes_no_table() -> None:
     assembly = assemble([reading(1e-5, "all-gather", size=1024, group=8)])
     assert assembly.profile.collectives == ()

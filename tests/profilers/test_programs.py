@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from galvatron_jax.profilers._agenda import KINDS, OVERLAP_SIDE, device_groups, 
 from galvatron_jax.profilers._collectives import collective_loop
 from galvatron_jax.profilers._compute import launch_loop, product_loop
 from galvatron_jax.profilers._hlo import count_in_loop
-from galvatron_jax.profilers._loop import LOCAL, group_mesh
+from galvatron_jax.profilers._loop import LOCAL, group_mesh, steps_in_trip
 from galvatron_jax.profilers._programs import subject_loop
 from galvatron_jax.profilers._readings import MATMUL, OVERLAP, Subject, product_flops
 from galvatron_jax.profilers._timing import MeasurementError
@@ -30,7 +32,7 @@ GROUPS = [(group.size, group.stride) for group in device_groups(parse_cluster("1
 @pytest.mark.parametrize(("group", "stride"), GROUPS)
 def test_collective_stands_in_the_loop_as_often_as_claimed(kind: CollectiveKind, group: int, stride: int) -> None:
     loop = collective_loop(kind, KIB, jax.devices(), group=group, stride=stride)
-    assert count_in_loop(loop.text, kind) == loop.operations == 8
+    assert count_in_loop(loop.text, kind) == loop.operations == 2
     loop.run(0)
     loop.run(3)
 
@@ -43,9 +45,11 @@ def test_collective_runs_over_every_stride_th_device(group: int, stride: int) ->
     assert plain or f"[{8 // group},{group}]<=" in text  # the compact form of regular groups
 
 
-def test_large_collective_shares_its_trip_with_one_other() -> None:
-    loop = collective_loop("all-gather", 2 * MIB, jax.devices(), group=8, stride=1)
-    assert loop.operations == count_in_loop(loop.text, "all-gather") == 2
+def test_small_steps_share_a_trip_on_gpus_only() -> None:
+    gpus = [SimpleNamespace(platform="cuda")]
+    assert steps_in_trip(gpus, small=True) == 8
+    assert steps_in_trip(gpus, small=False) == 2
+    assert steps_in_trip(jax.devices(), small=True) == 2
 
 
 @pytest.mark.parametrize(("kind", "whole"), [("all-gather", 1000), ("reduce-scatter", 1000), ("all-reduce", 1000)])
@@ -76,14 +80,14 @@ def test_step_is_that_collective(kind: CollectiveKind, expected: list[float]) ->
 
 def test_collective_that_the_compiler_removed_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_collectives, "_step", lambda kind, group: lambda x: (x + 1,))
-    with pytest.raises(MeasurementError, match="left 0 of 8 all-reduce"):
+    with pytest.raises(MeasurementError, match="left 0 of 2 all-reduce"):
         collective_loop("all-reduce", KIB, jax.devices(), group=8, stride=1)
 
 
 def test_product_loop_keeps_its_values_finite() -> None:
     loop = product_loop(64, "float32", jax.devices()[:2])
     assert "f32[64,64]" in loop.text
-    assert (loop.operations, loop.glue) == (8, 1)
+    assert (loop.operations, loop.glue) == (2, 1)
     loop.run(1000)
 
 
