@@ -75,6 +75,9 @@ class KindSums(NamedTuple):
     """Bytes of the layer's stream input: all that full remat keeps."""
     residuals: LocalSum
     workspace: LocalSum
+    gathered: LocalSum
+    """Bytes of what sequence parallelism gathers along the sequence in one backward pass: cotangents, and the stream
+    once more."""
     flops: float
     """FLOP of all forward and backward products of one sample on one device, causal attention counted whole."""
     attention_flops: float
@@ -143,6 +146,7 @@ def summarise(kind: LayerKind, fused: bool) -> KindSums:
         stream_input=_total(kind, stream, fused),
         residuals=_total(kind, kind.residuals, fused),
         workspace=_total(kind, kind.workspace, fused),
+        gathered=_gathered(kind),
         flops=_sample_flops(kind, kind.dots),
         attention_flops=_sample_flops(kind, (dot for dot in kind.dots if dot.attention)),
     )
@@ -199,6 +203,17 @@ def _total(kind: LayerKind, arrays: Iterable[Array], fused: bool) -> LocalSum:
             share, power, size = _monomial(kind, array.classes, array.factor)
             found[power, share] += ITEM_BYTES[array.dtype] * array.count * size
     return LocalSum(tuple((size, power, share) for (power, share), size in found.items()))
+
+
+def _gathered(kind: LayerKind) -> LocalSum:
+    candidate = best_candidate(kind)
+    found: dict[int, float] = defaultdict(float)
+    for collective in (candidate.sequence or ()) if candidate else ():
+        if collective.kind == "all-gather" and collective.phase == "backward":
+            array = collective.array
+            _, power, size = _monomial(kind, array.classes, array.factor)
+            found[power] += ITEM_BYTES[array.dtype] * array.count * size
+    return LocalSum(tuple((size, power, "whole") for power, size in found.items()))
 
 
 def _monomial(kind: LayerKind, classes: tuple[str, ...], factor: int) -> tuple[Share, int, float]:

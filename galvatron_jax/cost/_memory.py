@@ -16,6 +16,8 @@ Residuals (per in-flight microbatch): the stream input, and without remat all th
 Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
 
     workspace
+    + what sp gathers in the backward pass      stream and cotangents, whole along the sequence: operands of weight
+                                                gradients, which the compiler computes last, so all of them are alive
     + residuals                                 with full remat: they are computed again just before
     + copies of the weights in the compute dtype: zero 3: gathered, twice (this layer's and the prefetched next one's);
       otherwise once, of those whose compute dtype is not their storage dtype
@@ -58,6 +60,7 @@ def layer_memory(
     zero = strategy.zero
     residuals = sums.residuals.at(shares)
     live = sums.workspace.at(shares) + _weight_copies(weights, zero) + weights.replicated.computed
+    live += sums.gathered.at(shares) if strategy.sp else 0.0
     return {
         "parameters": weights.held(zero >= 3).stored,
         "gradients": weights.held(zero >= (2 if accumulates else 1)).stored,

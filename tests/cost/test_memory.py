@@ -8,7 +8,7 @@ import pytest
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import estimate_layer, estimate_plan, memory_budget, stage_memory
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
-from galvatron_jax.profile import Array, HardwareProfile, LayerKind, ModelProfile, Parameter
+from galvatron_jax.profile import Array, Collective, HardwareProfile, LayerKind, ModelProfile, Parameter
 from galvatron_jax.units import GIB
 from tests.cost.settings import HARDWARE, setting
 from tests.support.toy_models import INNER, LOGITS, SCORES, STREAM, llama_like_profile, toy_hardware
@@ -77,6 +77,24 @@ def test_state_under_tensor_parallelism_divides_the_candidate_s_parameters_only(
 
 STREAM_BYTES = 16 * 8 * 4 * 2  # batch * seq * embed in bfloat16
 INNER_BYTES, TOKEN_BYTES = 16 * 8 * 8 * 2, 16 * 8 * 4
+
+
+def test_sequence_parallelism_holds_what_it_gathers_in_backward() -> None:
+    """Two copies of the stream, whole along the sequence: alive until the weight gradients are computed, at the end."""
+    gathered = Array(dtype="bfloat16", classes=("batch", "seq", "embed"), count=2)
+    move = Collective(phase="backward", kind="all-gather", array=gathered, merged_count=2)
+    moves = (
+        move,
+        msgspec.structs.replace(move, phase="forward"),
+        msgspec.structs.replace(move, kind="reduce-scatter"),
+    )
+    candidate = msgspec.structs.replace(LAYER.candidates[0], sequence=moves)
+    kind = msgspec.structs.replace(LAYER, candidates=(candidate,))
+    silent = msgspec.structs.replace(LAYER, candidates=(msgspec.structs.replace(candidate, sequence=()),))
+    here = setting(8, microbatch=16)
+    for strategy, copies in ((Strategy(tp=4, dp=2, sp=True), 2), (Strategy(tp=4, dp=2), 0)):
+        more = estimate_layer(kind, strategy, here).live_bytes - estimate_layer(silent, strategy, here).live_bytes
+        assert more == copies * STREAM_BYTES / 2
 
 
 @pytest.mark.parametrize(
