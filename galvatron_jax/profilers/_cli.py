@@ -81,7 +81,7 @@ def _hardware(options: argparse.Namespace) -> int:
     start_s = time.monotonic()
     result = measure_hardware(order, show=_progress())
     if not (options.coordinator and options.process):
-        _print_result(result, options.out, time.monotonic() - start_s)
+        _print_result(result, options, time.monotonic() - start_s)
     return 0
 
 
@@ -118,7 +118,7 @@ def _progress() -> Callable[[Progress], None]:
     return show
 
 
-def _print_result(result: HardwareResult, out: Path, taken_s: float) -> None:
+def _print_result(result: HardwareResult, options: argparse.Namespace, taken_s: float) -> None:
     from ._report import plain_table, report_rows
 
     if sys.stderr.isatty():
@@ -131,10 +131,10 @@ def _print_result(result: HardwareResult, out: Path, taken_s: float) -> None:
     print(
         f"\nexpected: profile {result.base.name}. collectives: time at the smallest size, bus bandwidth at the largest"
     )
-    print(f"wrote {out} in {format_seconds(taken_s)}")
+    print(f"wrote {options.out} in {format_seconds(taken_s)}")
     for note in result.notes:
         print(f"note: {note}", file=sys.stderr)
-    if not result.complete:
+    if not result.complete and not options.coordinator:
         print("note: the same command with --resume measures what was left out", file=sys.stderr)
 
 

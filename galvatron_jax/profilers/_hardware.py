@@ -49,7 +49,9 @@ def assemble_profile(
     notes += summarize("unsteady", [f"{r.subject.text} (spread {r.spread:.0%})" for r in unsteady])
     if machine.processes < cluster.nodes:
         notes.append(f"{machine.processes} process stands for {cluster.nodes} nodes: no network was measured")
-    stamp = f"measured {date} on {machine.devices} x {machine.device_kind} ({machine.mesh}, {_software(machine)})"
+    stamp = (
+        f"measured {date} on {machine.devices} x {machine.device_kind} ({machine.mesh}, {_software(machine, cluster)})"
+    )
     sources = {field: f"from {base.name}: {text}" for field, text in base.sources.items()}
     sources |= {field: f"{stamp}: {text}" for field, text in how.items()}
     profile = msgspec.structs.replace(
@@ -72,7 +74,8 @@ def _merge(*parts: Part) -> Part:
     return merged
 
 
-def _software(machine: Machine) -> str:
+def _software(machine: Machine, cluster: Cluster) -> str:
     driver = f", driver {machine.driver}" if machine.driver else ""
-    processes = f", {machine.processes} processes" if machine.processes > 1 else ""
+    several = machine.processes > 1 or cluster.nodes > 1
+    processes = f", processes: {machine.processes}" if several else ""
     return f"jax {machine.jax_version}{driver}{processes}"

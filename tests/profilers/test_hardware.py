@@ -219,7 +219,7 @@ def test_nothing_measured_leaves_the_base_numbers() -> None:
 
 def test_sources_say_what_was_measured_and_what_was_not(profile: HardwareProfile) -> None:
     assert set(profile.sources) == set(BASE.sources)
-    stamp = "measured 2026-11-22 on 8 x NVIDIA H200 (1x8, jax 0.10.2, driver 570.86)"
+    stamp = "measured 2026-11-22 on 8 x NVIDIA H200 (1x8, jax 0.10.2, driver 570.86, processes: 1)"
     bundled = {field for field, text in profile.sources.items() if text.startswith("from h200: ")}
     assert bundled == {"memory_bytes", "reserved_bytes", "fused_attention", "sums_before_reducing"}
     assert all(text.startswith(stamp) for field, text in profile.sources.items() if field not in bundled)
