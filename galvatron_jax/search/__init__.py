@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from ..errors import InfeasibleError as InfeasibleError
+
 if TYPE_CHECKING:
     from ._baselines import Baseline as Baseline
     from ._find import SearchResult as SearchResult
