@@ -16,6 +16,7 @@ Complexity: (thresholds * patterns that the bounds leave) knapsacks, a few in pr
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,8 @@ class Assigner:
 
     prices: Prices
     capacity_bytes: float
+    poll: Callable[[], None] = lambda: None
+    """Called before every knapsack; may raise to stop the search."""
     _boards: dict[tuple[Weights, int, bool], Board] = field(default_factory=dict)
     _solved: dict[tuple[Span, Weights], StageChoice | None] = field(default_factory=dict)
 
@@ -61,7 +64,7 @@ class Assigner:
         """Return the options under one objective."""
         key = (weights, in_flight, exhaustive)
         if key not in self._boards:
-            self._boards[key] = Board.make(self.prices, weights, in_flight, exhaustive=exhaustive)
+            self._boards[key] = Board.make(self.prices, weights, in_flight, exhaustive=exhaustive, poll=self.poll)
         return self._boards[key]
 
     def _cheapest(self, span: Span, weights: Weights) -> StageChoice | None:

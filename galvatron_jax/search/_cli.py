@@ -6,6 +6,7 @@ Ctrl-C (or SIGTERM) ends the search with the best plan so far, the second one en
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ PROGRESS_EVERY_S = 0.1
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status (0, 2, 3, 4 or 130; 1 for an error of our own)."""
     debug = "--debug" in argv
+    for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, not a traceback
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         return _run(parse_options(argv))
     except GalvatronError as error:
@@ -107,6 +110,9 @@ def _next_step(plan: Plan, written: Path) -> str:
 
 def _check_out(path: Path, force: bool) -> None:
     """Refuse, before any work, to overwrite what is not a plan."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DocumentError("cannot write there", where=f"--out {path}", action="choose another path")
     if path.is_dir():
         raise DocumentError("is a folder", expected="a file", where=f"--out {path}", action="add a file name")
     if not force and path.exists() and not _is_plan(path):

@@ -17,7 +17,9 @@ lowest bound left is what is proven.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -56,6 +58,8 @@ class Outcome:
     """Candidates in the space."""
 
 
+LAST_EFFORT_S = 1.0
+
 _Entry: TypeAlias = tuple[float, Candidate, Pipeline | None]
 """(bound in seconds per sample, candidate, its relaxed bounds once they are made)."""
 
@@ -76,6 +80,8 @@ class Engine:
     _assigners: dict[int, Assigner] = field(default_factory=dict)
     _best: tuple[float, Candidate, Solution] | None = None
     _solved: int = 0
+    _last_call_s: float | None = None
+    """When the effort after a stop ends, on the monotonic clock."""
 
     def __post_init__(self) -> None:
         """Share one price list among all candidates."""
@@ -89,7 +95,7 @@ class Engine:
         stopped = False
         try:
             while heap and heap[0][0] < self._limit(1) * (1 - ROUNDING):
-                self.poll(self._best and self._best[0])
+                self._ask()
                 self._advance(heap)
         except Stop:
             stopped = True
@@ -151,21 +157,21 @@ class Engine:
             self._keep(candidate, found)
 
     def _last_effort(self, heap: list[_Entry]) -> None:
-        """After a stop: solve the most promising candidate of one stage, which takes some milliseconds."""
-        for _, candidate, pipeline in sorted(heap, key=lambda entry: entry[:2]):
-            if pipeline is not None and candidate.stages == 1:
-                pipeline.report = lambda best: None
-                found = pipeline.solve(self._limit(candidate.global_batch))
+        """After a stop: solve the most promising candidate of one stage, mostly some milliseconds, never long."""
+        self._last_call_s = time.monotonic() + LAST_EFFORT_S
+        single = [entry for entry in heap if entry[2] is not None and entry[1].stages == 1]
+        with contextlib.suppress(Stop):
+            for _, candidate, pipeline in sorted(single, key=lambda entry: entry[:2])[:1]:
+                found = pipeline.solve(self._limit(candidate.global_batch)) if pipeline else None
                 if found is not None:
                     self._keep(candidate, found)
-                return
 
     def _refine(self, candidate: Candidate) -> Pipeline | None:
         """Price a candidate and bound it; None when it has no legal strategies or nothing fits or is fast enough."""
         prices = self.prices_of(candidate)
         if prices is None:
             return None
-        assigner = self._assigners.setdefault(id(prices), Assigner(prices, self.problem.budget_bytes))
+        assigner = self._assigners.setdefault(id(prices), Assigner(prices, self.problem.budget_bytes, self._ask))
         pipeline = Pipeline(
             prices,
             assigner,
@@ -179,7 +185,14 @@ class Engine:
         """Keep what a pipeline has so far, so that a search that is stopped has it; then ask whether to go on."""
         if solution is not None:
             self._keep(candidate, solution)
-        self.poll(self._best and self._best[0])
+        self._ask()
+
+    def _ask(self) -> None:
+        """Raise ``Stop`` when the search is to end."""
+        if self._last_call_s is None:
+            self.poll(self._best and self._best[0])
+        elif time.monotonic() > self._last_call_s:
+            raise Stop
 
     def _keep(self, candidate: Candidate, solution: Solution) -> None:
         per_sample = solution.step_time_s / candidate.global_batch

@@ -87,18 +87,23 @@ def _changes_text(changes: list[str]) -> str:
 def _nearest_miss(engine: Engine) -> _Miss | None:
     """The candidate whose fullest stage is smallest.
 
-    More microbatches never need more memory, so of each (batch, stages) the largest count with legal strategies is
-    tried, and one microbatch too, where no gradients are accumulated.
+    Only small microbatches are tried, up to the first that all devices of a stage divide: a larger one allows no
+    further strategy and holds more residuals. Memory depends on a batch only through the microbatches that it allows.
     """
     best: _Miss | None = None
-    groups: dict[tuple[int, int], list[Candidate]] = {}
-    for candidate in engine.candidates():
-        groups.setdefault((candidate.global_batch, candidate.stages), []).append(candidate)
-    for group in groups.values():
-        legal = (c for c in reversed(group) if engine.prices_of(c) is not None)
-        for candidate in legal:
-            prices = engine.prices_of(candidate)
-            assert prices is not None
+    tried: set[tuple[int, int, int]] = set()
+    enough: dict[tuple[int, int], int] = {}
+    for candidate in sorted(engine.candidates(), key=lambda c: c.global_batch // c.microbatches):
+        microbatch = candidate.global_batch // candidate.microbatches
+        group = (candidate.global_batch, candidate.stages)
+        key = (candidate.stages, microbatch, min(candidate.microbatches, candidate.stages + 1))
+        if key in tried or microbatch > enough.get(group, microbatch):
+            continue
+        tried.add(key)
+        if microbatch * candidate.stages % engine.problem.cluster.devices == 0:
+            enough[group] = microbatch
+        prices = engine.prices_of(candidate)
+        if prices is not None:
             peak, stage = _least_peak(prices, candidate)
             if best is None or peak < best.peak_bytes:
                 best = _Miss(peak, candidate, stage)
@@ -141,6 +146,13 @@ def _stage_peaks(prices: Prices, candidate: Candidate, s: int) -> Floats:
 
 
 def _fits(engine: Engine) -> bool:
+    """Return whether anything fits; a division of all states by all devices decides most cases at once."""
+    model, devices = engine.problem.model, engine.problem.cluster.devices
+    if (
+        model.parameter_count * engine.problem.training.state_bytes_per_parameter
+        > devices * engine.problem.budget_bytes
+    ):
+        return False
     least = least_peak_bytes(engine)
     return least is not None and least <= engine.problem.budget_bytes
 
@@ -153,19 +165,22 @@ def _fewer_limits(engine: Engine) -> Iterator[str]:
 
 
 def _shorter_seq(engine: Engine) -> Iterator[str]:
-    seq = engine.problem.model.seq // 2
-    while seq >= 1:
-        if _fits(Engine(replace(engine.problem, model=engine.problem.model.at_seq(seq)), engine.global_batches)):
-            yield f"--seq {engine.problem.model.seq} -> {seq}"
-            return
-        seq //= 2
+    def fits(seq: int) -> bool:
+        return _fits(Engine(replace(engine.problem, model=engine.problem.model.at_seq(seq)), engine.global_batches))
+
+    seq = engine.problem.model.seq
+    if seq > 1 and fits(1):
+        shorter = next(seq >> halvings for halvings in range(1, seq.bit_length()) if fits(seq >> halvings))
+        yield f"--seq {seq} -> {shorter}"
 
 
 def _smaller_batch(engine: Engine) -> Iterator[str]:
     """The largest batch below all given ones that fits: halves of the smallest, then one sample per device."""
     batch = min(engine.global_batches) // 2
     while batch >= 1:
-        if _fits(Engine(engine.problem, (batch,))):
+        smaller = Engine(engine.problem, (batch,))
+        smaller.prices = engine.prices  # the same model on the same devices
+        if _fits(smaller):
             yield f"global batch {min(engine.global_batches)} -> {batch}"
             return
         batch //= 2

@@ -13,6 +13,10 @@ layers pass through; every stop holds at least one layer, and each change betwee
 search over beginnings, each valued at its own cost plus the cheapest way to go on (a shortest path over layouts,
 ``_Tour``). Nothing is assumed about relayout costs except that they are not negative: a detour through a third layout
 is a pattern like any other.
+
+**Dominance** (when one best pattern is enough). Layers of a run are alike, so of beginnings with the same stops in
+another order, and the same last one, only the cheapest counts. And a stop in a layout that the run has elsewhere too
+can give its layers away; it stays only where the way round it is dearer than the way through it.
 """
 
 from __future__ import annotations
@@ -47,19 +51,26 @@ class Pattern(NamedTuple):
     bound: float
 
 
-def patterns(steps: Sequence[Step], leaving: Floats, room: float) -> Iterator[Pattern]:
-    """Yield all patterns whose smallest options fit, the lowest bound first (stop reading when the bound is too high).
+def patterns(steps: Sequence[Step], leaving: Floats, room: float, *, every: bool) -> Iterator[Pattern]:
+    """Yield the patterns whose smallest options fit, the lowest bound first (stop reading when the bound is too high).
 
     Args:
         steps: The runs in order.
         leaving: Relayout cost at the end of the stage, by the layout of its last layer.
         room: Bytes that the layers may use.
+        every: Yield dominated patterns too.
     """
     tour = _Tour.plan(steps, leaving)
     heap = [place for place in tour.first() if place.bound < np.inf and tour.size(place) <= room]
     heapq.heapify(heap)
+    seen: set[tuple[object, ...]] = set()
     while heap:
         place = heapq.heappop(heap)
+        if not every:
+            key = place.key()
+            if key in seen or tour.wastes(place):
+                continue
+            seen.add(key)
         if place.complete:
             yield Pattern(place.stops, place.bound)
         else:
@@ -78,6 +89,10 @@ class _Place(NamedTuple):
     """Cost of all runs before the last one of ``stops``, and of one layer in each stop of that one."""
     held: float
     """Least bytes of the same layers."""
+
+    def key(self) -> tuple[object, ...]:
+        """Return what decides how a beginning can go on: all stops in any order, and the last one."""
+        return (*(tuple(sorted(stops)) for stops in self.stops), self.stops[-1][-1], self.complete)
 
 
 class _Tour(NamedTuple):
@@ -140,6 +155,17 @@ class _Tour(NamedTuple):
             if layout != last:
                 cost = place.spent + more + priced[layout]
                 yield self._place(done, (*stops, layout), cost, place.held + smallest[layout])
+
+    def wastes(self, place: _Place) -> bool:
+        """Return whether the last stop but one stands in a layout that its run has elsewhere, and is no short cut."""
+        stops, run = place.stops[-1], len(place.stops) - 1
+        if len(stops) < 3:
+            return False
+        before, between, last = stops[-3:]
+        if between not in stops[:-2] and between != last:
+            return False
+        inside = self.inside[run]
+        return inside[before][last] <= inside[before][between] + inside[between][last]
 
     def size(self, place: _Place) -> float:
         """Return the least bytes of all layers."""

@@ -30,6 +30,9 @@ from ..profile import HardwareProfile, LayerKind, ModelProfile
 from ._knapsack import Floats, Ints
 from ._space import Layout, Limits, layout_of, legal, stage_strategies
 
+MANY_ROWS = 256
+"""Above this, all pairs at once cost more than one row after the other."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -187,10 +190,25 @@ def _kind_prices(
 
 def undominated(rows: Floats, group: Ints) -> npt.NDArray[np.bool_]:
     """Mark the rows that no other row of the same group beats or equals in every column (first of equal rows: kept)."""
+    if len(rows) > MANY_ROWS:
+        return _swept(rows, group)
     below = (rows[:, None, :] <= rows[None, :, :]).all(axis=2) & (group[:, None] == group[None, :])
     equal = below & below.T
     first = np.triu(np.ones_like(below), 1)
     return np.asarray(~((below & ~equal) | (equal & first)).any(axis=0))
+
+
+def _swept(rows: Floats, group: Ints) -> npt.NDArray[np.bool_]:
+    """``undominated`` for many rows: in lexical order only a row before can beat one, so look at those kept."""
+    keep = np.zeros(len(rows), bool)
+    for label in set(group.tolist()):
+        members = np.flatnonzero(group == label)
+        front: list[int] = []
+        for row in members[np.lexsort(rows[members].T[::-1])].tolist():
+            if not (rows[front] <= rows[row]).all(axis=1).any():
+                front.append(row)
+        keep[front] = True
+    return keep
 
 
 def _relayouts(kind: LayerKind, layouts: tuple[Layout, ...], setting: Setting, stages: int) -> Relayouts:

@@ -8,7 +8,7 @@ knapsack each (``_knapsack``).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,10 +83,14 @@ class Board:
     inside: tuple[Floats, ...]
     """Relayout cost by kind that takes the stream."""
     relaxation: Relaxation
+    poll: Callable[[], None]
+    """Called before every knapsack; may raise to stop the search."""
     _menus: dict[tuple[int, tuple[int, ...] | None, float], Menu] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, prices: Prices, weights: Weights, in_flight: int, *, exhaustive: bool) -> Board:
+    def make(
+        cls, prices: Prices, weights: Weights, in_flight: int, *, exhaustive: bool, poll: Callable[[], None]
+    ) -> Board:
         """Weigh all options; unless ``exhaustive``, drop those that are beaten in (cost, bytes, live bytes)."""
         columns: list[tuple[Ints, Floats, Floats, Floats, Ints]] = []
         for kind in prices.kinds:
@@ -102,7 +106,7 @@ class Board:
         rows, costs, sizes, lives, layouts = (tuple(column) for column in zip(*columns, strict=True))
         inside = tuple(weights.forward * r.forward_s + weights.backward * r.backward_s for r in prices.relayouts)
         relaxation = Relaxation.make(costs, sizes, lives)
-        return cls(prices, weights, rows, costs, sizes, lives, layouts, inside, relaxation)
+        return cls(prices, weights, rows, costs, sizes, lives, layouts, inside, relaxation, poll)
 
     def menu(self, kind: int, layouts: tuple[int, ...] | None, threshold: float) -> Menu:
         """Options of ``kind`` in ``layouts`` (None: all) that need at most ``threshold`` live bytes."""
@@ -150,17 +154,18 @@ class Case:
         dual = best_dual([Group(n, board.menu(kind, None, threshold)) for kind, n in span.runs], room)
         return None if dual is None else cls(board, span, threshold, room, dual)
 
-    def patterns(self) -> Iterator[Pattern]:
-        """Yield the stage's patterns, the lowest bound on their cost first."""
+    def patterns(self, *, every: bool) -> Iterator[Pattern]:
+        """Yield the stage's patterns, the lowest bound first; ``every``: those that cannot be best too."""
         rent = self.dual.price * self.room
         steps = [self._step(run) for run in range(len(self.span.runs))]
-        for pattern in patterns(steps, self._leaving(), self.room):
+        for pattern in patterns(steps, self._leaving(), self.room, every=every):
             yield pattern._replace(bound=pattern.bound - rent)
 
     def best(self, limit: float) -> StageChoice | None:
         """Return the best choice if it costs at most ``limit``."""
         best = None
-        for pattern in self.patterns():
+        for pattern in self.patterns(every=False):
+            self.board.poll()
             if pattern.bound > limit + self._slack(limit):
                 break
             slots, moves = self._slots(pattern), self._moves(pattern)
@@ -172,7 +177,9 @@ class Case:
 
     def all(self, limit: float) -> list[StageChoice]:
         """Return the choices that cost at most ``limit``, without those that others of the same pattern beat."""
-        near = itertools.takewhile(lambda pattern: pattern.bound <= limit + self._slack(limit), self.patterns())
+        near = itertools.takewhile(
+            lambda pattern: pattern.bound <= limit + self._slack(limit), self.patterns(every=True)
+        )
         return [choice for pattern in near for choice in self._all(pattern, limit)]
 
     def _slack(self, limit: float) -> float:
@@ -180,6 +187,7 @@ class Case:
         return ROUNDING * (abs(limit) + self.dual.price * self.room) if np.isfinite(limit) else 0.0
 
     def _all(self, pattern: Pattern, limit: float) -> list[StageChoice]:
+        self.board.poll()
         slots, moves = self._slots(pattern), self._moves(pattern)
         groups = [slot.group for slot in slots]
         dual = best_dual(groups, self.room)

@@ -6,7 +6,7 @@ import pytest
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import Setting, estimate_layer
 from galvatron_jax.plan import Training
-from galvatron_jax.search._pricing import undominated
+from galvatron_jax.search._pricing import MANY_ROWS, undominated
 from galvatron_jax.search._space import (
     Limits,
     default_batches,
@@ -85,3 +85,16 @@ def test_default_batches_are_the_largest_three_within_the_token_limit() -> None:
     assert default_batches(parse_cluster("2x8"), MODEL.at_seq(4096)) == (128, 256, 512)
     assert default_batches(parse_cluster("64x8"), MODEL.at_seq(8192)) == (512, 1024, 2048)
     assert default_batches(parse_cluster("1000x8"), MODEL.at_seq(8192)) == (8000,)
+
+
+def test_undominated_gives_the_same_rows_whether_few_or_many() -> None:
+    draw = np.random.default_rng(5)
+    rows, group = draw.integers(0, 6, (MANY_ROWS + 40, 3)).astype(float), draw.integers(0, 3, MANY_ROWS + 40)
+    by_hand = [
+        not any(
+            group[j] == group[i] and (rows[j] <= rows[i]).all() and ((rows[j] < rows[i]).any() or j < i)
+            for j in range(len(rows))
+        )
+        for i in range(len(rows))
+    ]
+    assert undominated(rows, group).tolist() == by_hand
