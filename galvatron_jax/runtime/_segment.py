@@ -51,8 +51,10 @@ def _keep_kernel_results(primitive: Any, *_: Any, **params: Any) -> bool:
 def _place_weights(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
     layer, placed = layout.kind.layer, list(inputs)
     for position, index in enumerate(layer.parameters):
-        dtype = layout.kind.profile.parameters[position].compute_dtype
-        weight = placed[index].astype(dtype) if str(placed[index].dtype) != dtype else placed[index]
+        weight, dtype = placed[index], layout.kind.profile.parameters[position].compute_dtype
+        if str(weight.dtype) != dtype:
+            # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes.
+            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), layout.stored(position, "parameter"))
         weight = jax.lax.with_sharding_constraint(weight, layout.value(layer.inputs[index]))
         placed[index] = checkpoint_name(weight, WEIGHTS)
     return placed
