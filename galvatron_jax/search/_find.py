@@ -22,6 +22,9 @@ MAX_GLOBAL_BATCH = 1_000_000
 MAX_BATCHES = 64
 """Beyond these a batch list is a slip of the keyboard."""
 
+ROUNDED_CATEGORIES = 6
+"""Memory categories of a stage (``cost.stage_memory``), each rounded up to whole bytes."""
+
 Watch = Callable[[float | None], bool]
 """Called often with the best seconds per sample so far (None: no plan yet); returns True to stop the search."""
 
@@ -118,10 +121,6 @@ def _search(engine: Engine) -> tuple[Outcome, Plan | None]:
         outcome = Engine(tighter, engine.global_batches, engine.poll).run()
         plan = outcome_plan(engine.problem, outcome)
     return outcome, plan
-
-
-ROUNDED_CATEGORIES = 6
-"""Memory categories of a stage (``cost.stage_memory``)."""
 
 
 def _poll(start: float, time_limit_s: float | None, watch: Watch | None) -> Callable[[float | None], None]:
