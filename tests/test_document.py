@@ -228,6 +228,6 @@ def test_package_holds_no_dangerous_call() -> None:
         for file in sorted(package.rglob("*.py"))
         for number, line in enumerate(file.read_text().splitlines(), 1)
         for word in words
-        if word in line and f".{word}" not in line  # methods such as `trained.eval(` are ours
+        if word in line and f".{word}" not in line and f"def {word}" not in line  # `trained.eval(` is ours
     ]
     assert not found, found
