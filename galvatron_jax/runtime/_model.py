@@ -41,7 +41,7 @@ class PlannedModel:
         environment.update(program.constants)
         before: dict[Variable, LayerLayout] = {}
         for segment, layout in zip(self.analysis.cut.segments, self.layouts, strict=True):
-            inputs = [self._arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
+            inputs = [arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
             with jax.named_scope(segment.name):  # so that compiled programs say which layer an operation is of
                 results = self._functions[id(layout)](inputs)
             for variable, result, value in zip(segment.outputs, results, layout.kind.layer.outputs, strict=True):
@@ -85,17 +85,6 @@ class PlannedModel:
     def _functions(self) -> dict[int, SegmentFunction]:
         return {id(layout): build_segment(layout) for layout in self.layouts}
 
-    def _arrive(self, value: Any, before: LayerLayout | None, layout: LayerLayout, index: int) -> Any:
-        """Put an input of a layer, parameters left out, into the layer's layout."""
-        if index in layout.kind.layer.parameters or not is_array(value):
-            return value
-        described = layout.kind.layer.inputs[index]
-        middle = strategy_between(before.strategy, layout.strategy) if before else None
-        if middle is not None and layout.is_stream(described):
-            step = LayerLayout(layout.kind, middle, self.stage)
-            value = jax.lax.with_sharding_constraint(value, step.value(described))
-        return jax.lax.with_sharding_constraint(value, layout.value(described))
-
 
 def plan_model(analysis: Analysis, plan: Plan, stage: StageMesh) -> PlannedModel:
     """Give every segment of ``analysis`` its layout under a one-stage plan."""
@@ -106,6 +95,25 @@ def plan_model(analysis: Analysis, plan: Plan, stage: StageMesh) -> PlannedModel
         known.setdefault(key, LayerLayout(analysis.kinds[segment.kind], strategy, stage))
         layouts.append(known[key])
     return PlannedModel(analysis, stage, tuple(layouts))
+
+
+def arrive(value: Any, before: LayerLayout | None, layout: LayerLayout, index: int) -> Any:
+    """Put input ``index`` of a layer into the layer's layout; parameters stay where they are stored.
+
+    Args:
+        value: The input.
+        before: Layout of the layer that made it, None when it enters from outside.
+        layout: Layout of the layer that takes it.
+        index: Which of its inputs.
+    """
+    if index in layout.kind.layer.parameters or not is_array(value):
+        return value
+    described = layout.kind.layer.inputs[index]
+    middle = strategy_between(before.strategy, layout.strategy) if before else None
+    if middle is not None and layout.is_stream(described):
+        step = LayerLayout(layout.kind, middle, layout.stage)
+        value = jax.lax.with_sharding_constraint(value, step.value(described))
+    return jax.lax.with_sharding_constraint(value, layout.value(described))
 
 
 def strategy_between(before: Strategy, after: Strategy) -> Strategy | None:

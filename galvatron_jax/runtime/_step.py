@@ -172,5 +172,7 @@ class StagePrograms:
 
 
 def _copied(value: Any, place: NamedSharding) -> jax.Array:
-    copy: jax.Array = jax.device_put(value, place, may_alias=False)
+    # The copy comes first: device_put makes the caller's buffer a shard of the result where the caller's device holds
+    # the whole array, whatever ``may_alias`` says (jax 0.10.2), and donating the result would delete it.
+    copy: jax.Array = jax.device_put(jnp.copy(value), place)
     return copy
