@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from flax import nnx
 
 from galvatron_jax import auto_shard
-from galvatron_jax.analysis import analyse_model
+from galvatron_jax.analysis import analyse_model, split_parameters
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.errors import DeviceMismatchError, GalvatronError, PlanError, UnsupportedError
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
@@ -30,7 +31,7 @@ def build() -> Llama:
     return Llama(CONFIG, rngs=nnx.Rngs(0))
 
 
-def batches(count: int) -> list[dict[str, np.ndarray]]:
+def batches(count: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, CONFIG.vocab, (count, BATCH, SEQ + 1), dtype=np.int32)
     return [{"inputs": t[:, :-1], "targets": t[:, 1:]} for t in tokens]
@@ -58,7 +59,7 @@ def plan() -> Plan:
 
 def single_device_losses(count: int) -> list[float]:
     """Losses of plain training on one device, before each update."""
-    graph, parameters, rest = nnx.split(build(), nnx.Param, ...)
+    graph, parameters, rest = split_parameters(build())
     state, losses = OPTIMIZER.init(parameters), []
     step = jax.jit(jax.value_and_grad(lambda p, batch: next_token_loss(nnx.merge(graph, p, rest), batch)))
     for batch in batches(count):

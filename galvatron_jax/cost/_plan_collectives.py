@@ -43,8 +43,8 @@ class PlannedCollective:
     count: int
     """How many there are (compilers combine some)."""
     bytes: float
-    """Of all of them: the whole array of a group (result of all-reduce and all-gather, operand of reduce-scatter), or the
-    local array of all-to-all and collective-permute."""
+    """Of all of them: the whole array of a group (result of all-reduce and all-gather, operand of reduce-scatter), or
+    the local array of all-to-all and collective-permute."""
 
 
 def plan_collectives(

@@ -8,8 +8,8 @@ a part of what it has) or a few collectives. With n bytes of the whole stream, r
                                     over tp_before
     tp grows,   after sp            exchange of n / D over r ranks
     tp shrinks, before replicated   free
-    tp shrinks, before sp           exchange of n / D over r ranks, then all-gather n / dp_after over tp_after unless the
-                                    layout after has sp or tp 1
+    tp shrinks, before sp           exchange of n / D over r ranks, then all-gather n / dp_after over tp_after unless
+                                    the layout after has sp or tp 1
     equal tp,   sp to replicated    all-gather n / dp over tp
     equal tp,   replicated to sp    free
     neither divides the other       via the layout with their least common multiple, replicated
