@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from ..analysis import Analysis, Variable
 from ..plan import Plan, Strategy
 from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
+from ._order import after_gradients, has_gradient
 from ._segment import SegmentFunction, build_segment, is_array
 
 
@@ -40,7 +41,8 @@ class PlannedModel:
         environment: dict[Variable, Any] = dict(zip(program.inputs, leaves, strict=True))
         environment.update(program.constants)
         before: dict[Variable, LayerLayout] = {}
-        for segment, layout in zip(self.analysis.cut.segments, self.layouts, strict=True):
+        for position, (segment, layout) in enumerate(zip(self.analysis.cut.segments, self.layouts, strict=True)):
+            self._order_gradients(environment, position, before)
             inputs = [arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
             with jax.named_scope(segment.name):  # so that compiled programs say which layer an operation is of
                 results = self._functions[id(layout)](inputs)
@@ -80,6 +82,26 @@ class PlannedModel:
             entry = (axes,) if axes else (None,) if variable.aval.ndim else ()
             places.append(self.stage.sharding(PartitionSpec(*([None] if microbatched else []), *entry)))
         return places
+
+    def _order_gradients(
+        self, environment: dict[Variable, Any], position: int, before: Mapping[Variable, LayerLayout]
+    ) -> None:
+        """Let the cotangents of a layer's inputs wait for the gradients of the layer after it (see ``_order``)."""
+        segments = self.analysis.cut.segments
+        taken = [v for v in segments[position].inputs if v in before and has_gradient(environment[v])]
+        if not taken or position + 1 == len(segments):
+            return
+        later, layout = segments[position + 1], self.layouts[position + 1]
+        read = [later.inputs[index] for index in layout.kind.layer.parameters]
+        parameters = [v for v in read if has_gradient(environment[v])]
+        places = [self._gradient_places[v] for v in parameters]
+        values, held = after_gradients([environment[v] for v in taken], [environment[v] for v in parameters], places)
+        environment.update(zip(taken + parameters, values + held, strict=True))
+
+    @functools.cached_property
+    def _gradient_places(self) -> dict[Variable, NamedSharding]:
+        parameters = self.analysis.cut.source.inputs[: len(self.analysis.trace.paths)]
+        return dict(zip(parameters, self.shardings("gradient"), strict=True))
 
     @functools.cached_property
     def _functions(self) -> dict[int, SegmentFunction]:

@@ -1,0 +1,52 @@
+"""Order of the backward pass: gradients of parameters are finished layer by layer.
+
+No later operation of a backward pass needs the gradients of parameters, so XLA's scheduler leaves their products to the
+end: their operands (recomputed activations, cotangents) and unreduced gradients of *all* layers are alive together, and
+full rematerialisation saves little. Here the cotangents of a layer's inputs wait for the reduced gradients of the layer
+after it, so that one layer's reduction runs beside the next one's backward pass, and not more is alive.
+
+Measured in programs for 16 H100 (benchmarks/memory_h100_aot_2026-11-22.md): fully sharded with full remat, four layers
+of 7B width, 6.20 GiB without and 5.17 with it, and the difference grows by 0.35 GiB with each layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+
+def after_gradients(
+    values: Sequence[Any], parameters: Sequence[Any], places: Sequence[NamedSharding]
+) -> tuple[list[Any], list[Any]]:
+    """Return both unchanged; in the backward pass the cotangents of ``values`` wait for those of ``parameters``.
+
+    Args:
+        values: Floating-point arrays whose cotangents wait: what a layer takes from the layers before.
+        parameters: Parameters, before any layer reads them, whose gradients must be finished first.
+        places: Where the gradient of each parameter is kept (reduced).
+    """
+
+    @jax.custom_vjp
+    def both(values: list[Any], parameters: list[Any]) -> tuple[list[Any], list[Any]]:
+        return values, parameters
+
+    def forward(values: list[Any], parameters: list[Any]) -> tuple[tuple[list[Any], list[Any]], None]:
+        return (values, parameters), None
+
+    def backward(_: None, cotangents: tuple[list[Any], list[Any]]) -> Any:
+        waiting, gradients = cotangents
+        gradients = jax.lax.with_sharding_constraint(gradients, list(places))
+        return jax.lax.optimization_barrier((waiting, gradients))
+
+    both.defvjp(forward, backward)
+    waiting, held = both(list(values), list(parameters))
+    return waiting, held
+
+
+def has_gradient(value: Any) -> bool:
+    """Tell whether ``value`` has a cotangent."""
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
