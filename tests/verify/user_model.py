@@ -13,5 +13,11 @@ def llama() -> tuple[Any, Any, Any]:
     return model.build, model.loss, model.batch
 
 
+def wide_llama() -> tuple[Any, Any, Any]:
+    """Four layers whose mlp outweighs everything else."""
+    model = small_llama(embed=256, mlp=2048, vocab=128, heads=2, kv_heads=2, layers=4, seq=64)
+    return model.build, model.loss, model.batch
+
+
 def not_three_things() -> int:
     return 3
