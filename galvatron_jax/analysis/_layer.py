@@ -89,8 +89,39 @@ def analyse_layer(segment: Segment, parameters: Sequence[int], differentiated: S
         parameters: Indices of the inputs that are trained parameters.
         differentiated: Indices of the inputs that need a cotangent.
     """
-    run = jaxpr_as_fun(segment.program)
     chosen = tuple(differentiated)
+    joint, outputs, kept = _trace_both_passes(segment, chosen)
+    walk = Walk(Factors())
+    arguments = [walk.fresh(v.aval) for v in joint.inputs]
+    forward = flatten(segment.program, is_plain_call)
+    _, forward_values = walk.run(forward, arguments[: len(segment.inputs)])
+    walk.ops.clear()
+    results, _ = walk.run(joint, arguments)
+    dimensions = Dimensions(walk.factors, walk.ops, arguments, results, walk.unknown)
+    gradients = dict(zip(chosen, results[outputs + kept :], strict=True))
+    _tie(dimensions, segment, results[:outputs], gradients)
+    own = {id(v) for v in arguments}
+    return Layer(
+        segment=segment,
+        dimensions=dimensions,
+        ops=_live_ops(dimensions),
+        parameters=tuple(parameters),
+        differentiated=chosen,
+        residuals=list({id(v): v for v in results[outputs : outputs + kept] if id(v) not in own}.values()),
+        outputs=results[:outputs],
+        gradients=gradients,
+        forward=forward,
+        forward_values=forward_values,
+    )
+
+
+def _trace_both_passes(segment: Segment, chosen: tuple[int, ...]) -> tuple[Program, int, int]:
+    """Return the flat program of both passes, and how many of its results are outputs and how many residuals.
+
+    It takes the segment's inputs and the cotangents of its outputs; its results are the outputs, what the pullback
+    keeps, and the cotangents of the ``chosen`` inputs.
+    """
+    run = jaxpr_as_fun(segment.program)
     counts: dict[str, int] = {}
 
     def both_passes(inputs: list[Any], cotangents: list[Any]) -> tuple[Any, Any, Any]:
@@ -111,32 +142,7 @@ def analyse_layer(segment: Segment, parameters: Sequence[int], differentiated: S
     inputs = [abstract(v.aval) for v in segment.inputs]
     cotangents = [abstract(v.aval) for v in segment.outputs if is_differentiable(v.aval.dtype)]
     joint = flatten(jax.make_jaxpr(both_passes)(inputs, cotangents), is_call)
-    walk = Walk(Factors())
-    arguments = [walk.fresh(v.aval) for v in joint.inputs]
-    forward = flatten(segment.program, is_plain_call)
-    _, forward_values = walk.run(forward, arguments[: len(inputs)])
-    walk.ops.clear()
-    results, _ = walk.run(joint, arguments)
-    dimensions = Dimensions(walk.factors, walk.ops, arguments, results, walk.unknown)
-    outputs, kept, gradients = _split(results, counts["outputs"], counts["kept"])
-    _tie(dimensions, segment, outputs, dict(zip(chosen, gradients, strict=True)))
-    own = {id(v) for v in arguments}
-    return Layer(
-        segment=segment,
-        dimensions=dimensions,
-        ops=_live_ops(dimensions),
-        parameters=tuple(parameters),
-        differentiated=chosen,
-        residuals=list({id(v): v for v in kept if id(v) not in own}.values()),
-        outputs=outputs,
-        gradients=dict(zip(chosen, gradients, strict=True)),
-        forward=forward,
-        forward_values=forward_values,
-    )
-
-
-def _split(results: list[Value], outputs: int, kept: int) -> tuple[list[Value], list[Value], list[Value]]:
-    return results[:outputs], results[outputs : outputs + kept], results[outputs + kept :]
+    return joint, counts["outputs"], counts["kept"]
 
 
 def _tie(dimensions: Dimensions, segment: Segment, outputs: list[Value], gradients: dict[int, Value]) -> None:

@@ -16,6 +16,7 @@ from ._readings import Reading, Subject
 
 
 def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
+    """Return the tables of collectives, in seconds by bytes, and the links fitted to them."""
     seconds = {s: overheads.corrected(r) for s, r in without_unsteady(known).items() if s.what in KINDS}
     places: dict[tuple[str, int, bool], dict[int, list[float]]] = {}
     for subject, taken_s in seconds.items():

@@ -25,6 +25,7 @@ MOST_SLOWDOWN = 4.0
 
 
 def launch_fields(known: Mapping[Subject, Reading], overheads: Overheads) -> Part:
+    """Return the seconds that starting a kernel takes."""
     if overheads.launch_s == 0:
         return NOTHING
     operations = known[Subject(what=LAUNCH)].operations
@@ -33,6 +34,7 @@ def launch_fields(known: Mapping[Subject, Reading], overheads: Overheads) -> Par
 
 
 def copy_fields(known: Mapping[Subject, Reading], overheads: Overheads) -> Part:
+    """Return the memory bandwidth, in bytes/s: the best rate of all sizes."""
     rates = {s.size: 2 * s.size / overheads.corrected(r) for s, r in known.items() if s.what == COPY}
     if not rates:
         return NOTHING
@@ -42,6 +44,10 @@ def copy_fields(known: Mapping[Subject, Reading], overheads: Overheads) -> Part:
 
 
 def product_fields(known: Mapping[Subject, Reading], overheads: Overheads, base: HardwareProfile, main: str) -> Part:
+    """Return the matmul peaks in FLOP/s and the efficiency curve of the dtype ``main``.
+
+    Dtypes that were not measured keep their proportion to ``main`` in the profile ``base``.
+    """
     series = by_series((s, overheads.corrected(r)) for s, r in without_unsteady(known).items() if s.what == MATMUL)
     fits = {dtype: monotone_fit(points) for (_, dtype, _, _), points in series.items()}
     if main not in fits:
@@ -72,6 +78,7 @@ def product_fields(known: Mapping[Subject, Reading], overheads: Overheads, base:
 
 
 def overlap_fields(known: Mapping[Subject, Reading], overheads: Overheads, side: int) -> Part:
+    """Return the factor by which products of ``side`` x ``side`` are slower beside a collective."""
     found = [(s, r, parts) for s, r in known.items() if s.what == OVERLAP and (parts := overlap_parts(s, side, known))]
     if not found:
         return NOTHING
