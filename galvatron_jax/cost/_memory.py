@@ -8,8 +8,8 @@ State (persistent; w elements after tensor parallelism; /dp where zero shards an
 
 Gradients live in the storage dtype, with or without accumulation: the compiled step allocates them for all layers at
 once (the output of the scan over layers, or the accumulator of the scan over microbatches). With one microbatch there
-is no accumulator, and zero 1 reduces gradients straight into the optimizer's layout: programs of zero 1 and zero 2 have
-the same peak to the byte (benchmarks/memory_h100_aot_2026-11-22.md).
+is no accumulator, and under zero 1 each device keeps of a reduced gradient only what it updates: programs of zero 1 and
+zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
 Residuals (per in-flight microbatch): the stream input, and without remat all that forward keeps for backward.
 

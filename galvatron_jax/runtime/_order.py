@@ -6,7 +6,8 @@ full rematerialisation saves little. Here the cotangents of a layer's inputs wai
 after it, so that one layer's reduction runs beside the next one's backward pass, and not more is alive.
 
 Measured in programs for 16 H100 (benchmarks/memory_h100_aot_2026-11-22.md): fully sharded with full remat, four layers
-of 7B width, 6.20 GiB without and 5.17 with it, and the difference grows by 0.35 GiB with each layer.
+of 7B width, 6.20 GiB without and 5.17 with it; without, 0.3 to 0.4 GiB of each layer already passed were alive. What it
+does to the time of a step is not measured.
 """
 
 from __future__ import annotations

@@ -34,7 +34,13 @@ def report_lines(verification: Verification, where: str) -> Iterator[str]:
     for check in verification.stages:
         yield from _stage_lines(check)
     reasons = [problem for check in verification.stages for problem in check.problems]
-    yield "verdict   fits" if not reasons else "verdict   does not fit: " + "; ".join(reasons)
+    yield "verdict   fits" if not reasons else "verdict   does not fit: " + "; ".join(map(_clean, reasons))
+    for check in verification.stages:
+        if reasons and check.planned_peak_bytes < check.estimate.peak_bytes:
+            yield (
+                f"          as compiled, with attention scores in memory; the plan counts on a fused kernel and"
+                f" {format_gib(check.planned_peak_bytes)}, which this version cannot verify"
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -43,6 +49,7 @@ def _stage_data(check: StageCheck) -> dict[str, Any]:
     return {
         "stage": check.stage,
         "estimated_peak_bytes": check.estimate.peak_bytes,
+        "planned_peak_bytes": check.planned_peak_bytes,
         "compiled_peak_bytes": memory.peak,
         "compiled_allocated_bytes": memory.allocated,
         "budget_bytes": check.budget_bytes,

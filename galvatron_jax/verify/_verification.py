@@ -9,7 +9,8 @@ Limits of this version:
 * one-stage plans only, as the runtime;
 * attention: presets call ``jax.nn.dot_product_attention`` with implementation ``"xla"``, whose scores are arrays.
   Unless the program holds a cuDNN call, the estimate is made again for attention without a fused kernel, so that like
-  is compared with like. A plan that was found for fused attention may therefore be called too large here.
+  is compared with like. The verdict is that of the program as it was compiled: a plan that counts on fused attention
+  (``planned_peak_bytes`` below ``estimate.peak_bytes``) does not fit without it, here as on the GPUs;
 * what no array sees (CUDA context, NCCL buffers) is the reserve of the hardware profile, not compiled.
 """
 
@@ -39,7 +40,9 @@ class StageCheck:
     stage: int
     estimate: StagePrediction
     attention_is_fused: bool
-    """The estimate assumes a fused attention kernel."""
+    """The program holds a fused attention kernel, and the estimate assumes one."""
+    planned_peak_bytes: int
+    """The estimate as the search makes it: with fused attention wherever the hardware has it."""
     compiled: CompiledStep
     collectives: tuple[CollectiveRow, ...]
     budget_bytes: int
@@ -104,11 +107,13 @@ def verify_plan(
 def _check_stage(plan: Plan, compiled: CompiledStep, hardware: HardwareProfile) -> StageCheck:
     fused = hardware.fused_attention and _CUDNN in compiled.hlo_text
     assumed = msgspec.structs.replace(hardware, fused_attention=fused)
+    planned = estimate_plan(plan, compiled.profile, hardware).stages[0]
     predicted = step_collectives(plan, compiled.profile, sums_before_reducing=hardware.sums_before_reducing)
     return StageCheck(
         stage=0,
         estimate=estimate_plan(plan, compiled.profile, assumed).stages[0],
         attention_is_fused=fused,
+        planned_peak_bytes=planned.peak_bytes,
         compiled=compiled,
         collectives=compare_collectives(
             collectives(compiled.hlo_text),

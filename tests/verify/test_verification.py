@@ -76,6 +76,7 @@ def test_budget_below_the_program_does_not_fit(tiny_verification: Verification) 
         stage=0,
         estimate=check.estimate,
         attention_is_fused=False,
+        planned_peak_bytes=0,
         compiled=check.compiled,
         collectives=(),
         budget_bytes=small.memory_budget_bytes,
