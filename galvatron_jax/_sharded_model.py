@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import msgspec
 import optax
 from flax import nnx
 
@@ -169,6 +170,8 @@ class ShardedModel:
     def _search(self, batch: Any, samples: int) -> Plan:
         profile = self._analyse(batch, samples, None).profile
         hardware = self._hardware or load_hardware(self._cluster.gpu)
+        # This version runs attention as XLA compiles it, scores in memory: a plan must not count on a fused kernel.
+        hardware = msgspec.structs.replace(hardware, fused_attention=False)
         return find_plan(
             profile, self._cluster, hardware, global_batches=(samples,), max_stages=1, training=self._training()
         ).plan

@@ -3,6 +3,7 @@
 from ._collectives import Group as Group
 from ._collectives import collective_seconds as collective_seconds
 from ._collectives import device_group as device_group
+from ._kind import is_fused as is_fused
 from ._layer import estimate_layer as estimate_layer
 from ._memory import memory_budget as memory_budget
 from ._memory import stage_memory as stage_memory

@@ -13,7 +13,7 @@ import msgspec
 
 from .._document import load
 from ..cluster import Cluster
-from ..cost import memory_budget
+from ..cost import is_fused, memory_budget
 from ..errors import DocumentError, DocumentNotFoundError, GalvatronError
 from ..hardware import load_hardware
 from ..models import load_model_profile
@@ -53,6 +53,8 @@ def load_inputs(options: Options) -> Inputs:
     """
     hardware, hardware_source, note = _hardware(options)
     model, where = _model(options)
+    if options.attention is not None:
+        hardware = msgspec.structs.replace(hardware, fused_attention=options.attention == "fused")
     missing = sorted({dot.dtype for kind in model.kinds for dot in kind.dots} - set(hardware.matmul_flops_per_s))
     if missing:
         raise GalvatronError(
@@ -88,9 +90,20 @@ def assumption_lines(inputs: Inputs, options: Options) -> list[Line]:
         labelled("model", Piece(clean(model.name), "bold"), size, Piece(f"   {inputs.model_source}", "dim")),
         labelled("cluster", Piece(nodes, "bold"), _links(inputs), Piece(f"   {measured}", "dim")),
     ]
+    lines[1:1] = _attention(model, hardware)
     if inputs.gpu_note:
         lines.append(labelled("", Piece(inputs.gpu_note, "yellow")))
     return [*lines, labelled("budget", _budget(inputs, options)), labelled("batch", _batches(inputs, options))]
+
+
+def _attention(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
+    """Say how attention is priced; the runtime of 0.1 runs it without a fused kernel (``auto_shard`` prices it so)."""
+    if not any(dot.attention for kind in model.kinds for dot in kind.dots):
+        return []
+    if any(is_fused(kind, hardware) for kind in model.kinds):
+        note = "   auto_shard 0.1 runs attention without one: plan for it with --attention xla"
+        return [labelled("", "attention by a fused kernel that keeps no scores (cuDNN)", Piece(note, "yellow"))]
+    return [labelled("", "attention with its scores in memory, no fused kernel")]
 
 
 def _links(inputs: Inputs) -> str:

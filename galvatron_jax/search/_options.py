@@ -38,6 +38,8 @@ FLAGS = {
         ("--profile", "FILE", "model profile to use instead of a preset"),
         ("--seq", "N", "sequence length (default: the model's)"),
         ("--dtype", "NAME", "compute dtype: bfloat16, float16, float32 (default: the model's)"),
+        ("--attention", "KIND", "fused: a kernel that keeps no scores (cuDNN; 16-bit dtypes), or xla: scores in memory,"
+         " as auto_shard 0.1 runs it (default: fused where the GPU has it)"),
         ("--global-batch", "N,N,...", "samples per step to choose from (default: the largest three of 1, 2, 4, 8, 16,"
          " 32 per GPU that stay within 16 Mi tokens)"),
     ),
@@ -71,6 +73,7 @@ class Options:
     profile: Path | None
     seq: int | None
     dtype: str | None
+    attention: str | None
     global_batches: tuple[int, ...] | None
     microbatches: tuple[int, ...] | None
     max_stages: int | None
@@ -105,6 +108,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         profile=found.profile,
         seq=_optional(found.seq, "--seq", MAX_SEQ),
         dtype=_dtype(found.dtype),
+        attention=_attention(found.attention),
         global_batches=_numbers(found.global_batch, "--global-batch"),
         microbatches=_numbers(found.microbatches, "--microbatches"),
         max_stages=1 if found.no_pp else _optional(found.max_pp, "--max-pp"),
@@ -186,6 +190,12 @@ def _dtype(text: str | None) -> str | None:
     if name is not None and name not in DTYPES.values():
         raise GalvatronError(f"got {text!r}", expected="one of bfloat16, float16, float32", where="--dtype")
     return name
+
+
+def _attention(text: str | None) -> str | None:
+    if text not in (None, "fused", "xla"):
+        raise GalvatronError(f"got {text!r}", expected="fused or xla", where="--attention")
+    return text
 
 
 def _seconds(text: str | None) -> float | None:

@@ -249,3 +249,24 @@ def test_interrupted_command_ends_with_status_130_and_leaves_no_half_file(tmp_pa
         plan = _document.load("plan.json", Plan)
         assert plan.certificate is not None
         assert not plan.certificate.optimal
+
+
+def test_attention_in_memory_needs_more_than_a_fused_kernel_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peaks = {}
+    for attention in ("fused", "xla"):
+        out = tmp_path / f"{attention}.json"
+        arguments = ["--mesh", "1x8", "--gpu", "h100", "--global-batch", "8", "--no-pp", "--attention", attention]
+        assert main([*arguments, "--memory", "500GiB", "--out", str(out)]) == 0
+        printed = capsys.readouterr().out
+        assert ("--attention xla" in printed) == (attention == "fused")
+        predicted = load_plan(out).predicted
+        assert predicted is not None
+        peaks[attention] = predicted.stages[0].peak_bytes
+    assert peaks["xla"] > 2 * peaks["fused"]
+
+
+def test_unknown_attention_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mesh", "1x8", "--attention", "flash"]) == 2
+    assert "--attention: got 'flash'; expected fused or xla" in capsys.readouterr().err
