@@ -58,7 +58,9 @@ def parse_bytes(text: str, *, where: str = "--memory") -> int:
 
 
 def format_gib(size_bytes: float) -> str:
-    """Return ``size_bytes`` in GiB with one decimal, for example ``"68.3 GiB"``."""
+    """Return ``size_bytes`` in GiB with one decimal, for example ``"68.3 GiB"``; below 0.1 GiB in MiB, ``"31 MiB"``."""
+    if 0 < size_bytes < 0.1 * GIB:
+        return f"{size_bytes / MIB:.3g} MiB"
     return f"{size_bytes / GIB:.1f} GiB"
 
 

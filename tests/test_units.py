@@ -36,6 +36,11 @@ def test_parse_bytes_bad_text_raises_clear_error(text: str) -> None:
     assert str(caught.value).startswith(f"--memory: got {text!r}")
 
 
+@pytest.mark.parametrize(("size", "text"), [(68.3 * GIB, "68.3 GiB"), (0.03 * GIB, "30.7 MiB"), (0, "0.0 GiB")])
+def test_format_gib_shows_small_sizes_in_mib(size: float, text: str) -> None:
+    assert format_gib(size) == text
+
+
 @given(st.integers(1, 2**20))
 def test_parse_bytes_inverts_format_gib_to_a_tenth(tenths: int) -> None:
     size_bytes = tenths * GIB / 10
