@@ -15,6 +15,7 @@ from ._plan_collectives import plan_collectives as plan_collectives
 from ._plan_cost import boundary_bytes as boundary_bytes
 from ._plan_cost import estimate_plan as estimate_plan
 from ._plan_cost import sample_flops as sample_flops
+from ._plan_cost import stage_setting as stage_setting
 from ._step_collectives import step_collectives as step_collectives
 from ._stream import estimate_relayout as estimate_relayout
 from ._stream import estimate_transfer as estimate_transfer

@@ -35,7 +35,7 @@ class StageMesh:
         """Return the axes that shard ``seq`` between the products, in device order.
 
         The reverse order would save a permute where tp changes between layers, but costs one beside every product
-        (measured in the program compiled for 16 H100: 23 permutes in place of 3 for four layers at tp 8).
+        (compiled for 16 H100, four layers at tp 8: 20 permutes of 218 MB in all, in place of none).
         """
         return self.tensor_axes(strategy) if strategy.sp else ()
 

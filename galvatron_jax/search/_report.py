@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..cost import LayerCost, Setting, estimate_layer
+from ..cost import LayerCost, estimate_layer, stage_setting
 from ..plan import Plan, PlanRun, Stage
 from ..profile import HardwareProfile, ModelProfile
 from ..schedule import in_flight_microbatches
@@ -153,15 +153,7 @@ def _run_prices(
 
 
 def _layer_cost(plan: Plan, stage: Stage, run: PlanRun, model: ModelProfile, hardware: HardwareProfile) -> LayerCost:
-    setting = Setting(
-        hardware=hardware,
-        cluster=plan.cluster,
-        stage_devices=stage.devices,
-        microbatch=plan.microbatch_size,
-        microbatches=plan.microbatches,
-        training=plan.training,
-        causal_attention=model.causal_attention,
-    )
+    setting = stage_setting(plan, stage, model, hardware)
     return estimate_layer(model.kind(run.kind), run.strategy, setting)
 
 
