@@ -120,6 +120,30 @@ class ShardedModel:
             raise GalvatronError("there is no state yet", action="call prepare(batch) or step(batch) first")
         return self._state
 
+    def neutral_state(self) -> TrainState:
+        """Return the state in the user's own structure, whatever the plan: what a checkpoint holds.
+
+        Leaves are global arrays of the user's shapes, on the devices where the plan keeps them.
+        """
+        return self.state
+
+    def abstract_state(self) -> TrainState:
+        """Return shape, dtype and sharding of each leaf of ``neutral_state`` (``jax.ShapeDtypeStruct``).
+
+        Call ``prepare`` first. A checkpoint restored to these needs no further copy.
+        """
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+
+    def restore_state(self, state: TrainState) -> None:
+        """Go on from ``state``, a ``neutral_state`` of this model under any plan, placed as ``abstract_state`` says."""
+        self._state = state
+        self._steps = int(state.step)
+
+    @property
+    def process_rows(self) -> tuple[int, ...]:
+        """Rows of the global batch that this process's devices read, ascending: all that ``step`` must be given."""
+        return tuple(range(self.plan.global_batch))
+
     @property
     def model(self) -> nnx.Module:
         """The user's own module with the trained parameters (global arrays, sharded as the plan says)."""

@@ -1,48 +1,27 @@
 """Plan: how each layer is spread over the devices, as one readable JSON document.
 
-A plan is a tuple of pipeline stages on contiguous, equal slices of the node-major device list; a stage is a tuple of
-runs of consecutive layers with one kind and one strategy. Inside a stage of D devices a layer uses ``dp * tp = D``:
-data parallelism takes the leading mesh axes, tensor parallelism the trailing ones, so strategies nest.
+A plan is a tuple of pipeline stages in layer order on contiguous, equal slices of the node-major device list; a stage
+is a tuple of runs of consecutive layers with one kind and one strategy (``strategy``). With ``chunks`` of v
+(interleaved schedules) a device slice holds v stages: stage k lives on slice ``k % (stages / v)``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import msgspec
 
 from ._document import Document, Value, load, save
 from .cluster import Cluster
 from .errors import ClusterError, DeviceMismatchError, PlanError
-from .profile import BATCH, SEQ, Bytes, Count, LayerKind, ModelProfile, NonNegative, Parameter
-
-Remat = Literal["none", "full"]
-ScheduleName = Literal["1f1b", "gpipe"]
-
-
-class Strategy(Value, frozen=True, kw_only=True, order=True):
-    """How one layer is spread over the devices of its stage."""
-
-    tp: Count = 1
-    """Tensor-parallel degree."""
-    sp: bool = False
-    """Sequence-shard the stream over the tensor axes between the products (Megatron)."""
-    dp: Count = 1
-    """Data-parallel degree."""
-    zero: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
-    """Over the dp axes sharded: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
-    remat: Remat = "none"
-    """Keep all residuals, or only the layer's input and run its forward pass again."""
-
-    def __str__(self) -> str:
-        """Compact text such as ``"tp2+sp dp4 zero3 remat"``."""
-        words = [f"tp{self.tp}" + "+sp" * self.sp] if self.tp > 1 else []
-        words += [f"dp{self.dp}"] if self.dp > 1 else []
-        words += [f"zero{self.zero}"] if self.zero else []
-        words += ["remat"] if self.remat == "full" else []
-        return " ".join(words) or "one device"
+from .profile import Bytes, Count, ModelProfile, NonNegative
+from .schedule import ScheduleName as ScheduleName
+from .strategy import Remat as Remat
+from .strategy import Strategy as Strategy
+from .strategy import strategy_violations as strategy_violations
+from .strategy import zero_dim as zero_dim
 
 
 class PlanRun(Value, frozen=True, kw_only=True):
@@ -146,7 +125,10 @@ class Plan(Document, frozen=True, kw_only=True):
     """Samples per optimizer step, over all devices."""
     microbatches: Count = 1
     schedule: ScheduleName = "1f1b"
+    chunks: Count = 1
+    """Stages on each slice of devices (virtual stages of an interleaved schedule)."""
     stages: tuple[Stage, ...]
+    """In layer order."""
     predicted: Prediction | None = None
     certificate: Certificate | None = None
 
@@ -154,6 +136,11 @@ class Plan(Document, frozen=True, kw_only=True):
     def microbatch_size(self) -> int:
         """Samples of one microbatch, over all data-parallel ranks."""
         return self.global_batch // self.microbatches
+
+    @property
+    def slices(self) -> int:
+        """Number of device slices: the depth of the pipeline."""
+        return len(self.stages) // self.chunks
 
     def layers(self) -> Iterator[tuple[str, Strategy]]:
         """Yield (kind, strategy) of every layer of the model in order."""
@@ -201,40 +188,6 @@ def model_reference(model: ModelProfile) -> ModelReference:
     )
 
 
-def strategy_violations(kind: LayerKind, strategy: Strategy, microbatch: int) -> list[str]:
-    """Return why ``strategy`` is illegal for a layer of ``kind``; empty when it is legal.
-
-    Args:
-        kind: The layer kind.
-        strategy: The strategy.
-        microbatch: Samples of one microbatch over all devices of the stage.
-    """
-    found = []
-    if BATCH in kind.classes and microbatch % strategy.dp:
-        found.append(f"microbatch of {microbatch} samples does not divide by dp={strategy.dp}")
-    if strategy.zero and strategy.dp == 1:
-        found.append(f"zero={strategy.zero} needs dp > 1")
-    if strategy.sp and strategy.tp == 1:
-        found.append("sp needs tp > 1")
-    if strategy.tp > 1:
-        found += _tensor_violations(kind, strategy)
-    return found
-
-
-def _tensor_violations(kind: LayerKind, strategy: Strategy) -> list[str]:
-    if not kind.candidates:
-        return [f"tp={strategy.tp}: no class of kind {kind.name!r} may be sharded"]
-    best, found = kind.candidates[0], []
-    for name in best.classes:
-        if kind.classes[name] % strategy.tp:
-            found.append(f"tp={strategy.tp} does not divide {name}={kind.classes[name]}")
-    if strategy.sp and best.sequence is None:
-        found.append(f"sp is not legal for kind {kind.name!r}")
-    if strategy.sp and kind.classes.get(SEQ, 1) % strategy.tp:
-        found.append(f"sp: tp={strategy.tp} does not divide seq={kind.classes.get(SEQ, 1)}")
-    return found
-
-
 def check_plan(plan: Plan, model: ModelProfile | None = None, *, where: str = "plan") -> None:
     """Check that a plan agrees with itself and, when given, with the model.
 
@@ -278,7 +231,10 @@ def _shape_violations(plan: Plan) -> list[str]:
         return ["stages: the plan has none"]
     if plan.global_batch % plan.microbatches:
         found.append(f"microbatches={plan.microbatches} does not divide global_batch={plan.global_batch}")
-    used = sum(stage.devices for stage in plan.stages)
+    if len(plan.stages) % plan.chunks:
+        return [*found, f"chunks={plan.chunks} does not divide {len(plan.stages)} stages"]
+    found += _schedule_violations(plan)
+    used = sum(stage.devices for stage in plan.stages[: plan.slices])
     if used != plan.cluster.devices:
         found.append(f"stages use {used} devices, the cluster {plan.cluster.mesh} has {plan.cluster.devices}")
     found += _slice_violations(plan)
@@ -291,13 +247,32 @@ def _shape_violations(plan: Plan) -> list[str]:
             found.append(f"stages[{s}]: {error}")
             continue
         for r, run in enumerate(stage.runs):
-            if run.strategy.tp not in degrees:
-                found.append(f"stages[{s}].runs[{r}]: tp={run.strategy.tp} is none of {degrees}")
-            if run.strategy.tp * run.strategy.dp != stage.devices:
-                found.append(
-                    f"stages[{s}].runs[{r}]: tp={run.strategy.tp} * dp={run.strategy.dp} is not {stage.devices} devices"
-                )
+            problems = _degree_violations(run.strategy, stage.devices, degrees)
+            found += [f"stages[{s}].runs[{r}]: {problem}" for problem in problems]
     return found
+
+
+def _degree_violations(strategy: Strategy, devices: int, degrees: tuple[int, ...]) -> list[str]:
+    """Degrees that are no products of adjacent mesh axes, or do not multiply to the stage's ``devices``."""
+    found = []
+    name = "ulysses" if strategy.ulysses > 1 else "tp"
+    if strategy.inner not in degrees:
+        found.append(f"{name}={strategy.inner} is none of {degrees}")
+    if strategy.inner * strategy.dp != devices:
+        found.append(f"{name}={strategy.inner} * dp={strategy.dp} is not {devices} devices")
+    if devices % strategy.replicas or devices // strategy.replicas not in degrees:
+        found.append(f"replicas={strategy.replicas} is no product of leading mesh axes of {devices} devices")
+    return found
+
+
+def _schedule_violations(plan: Plan) -> list[str]:
+    if plan.schedule != "interleaved-1f1b":
+        return [f"chunks={plan.chunks} needs schedule interleaved-1f1b"] if plan.chunks > 1 else []
+    if plan.chunks == 1:
+        return ["schedule interleaved-1f1b needs chunks > 1"]
+    if plan.microbatches % plan.slices:
+        return [f"interleaved-1f1b: {plan.slices} device slices do not divide microbatches={plan.microbatches}"]
+    return []
 
 
 def _slice_violations(plan: Plan) -> list[str]:
@@ -341,24 +316,3 @@ def _runs_text(kinds: list[str]) -> str:
         else:
             runs.append([1, kind])
     return ", ".join(f"{count} {kind}" for count, kind in runs) or "no layers"
-
-
-def zero_dim(parameter: Parameter, sizes: dict[str, int], tensor_shards: dict[str, int], dp: int) -> int | None:
-    """Return the dimension of ``parameter`` that ZeRO shards ``dp`` ways, or None when none divides.
-
-    The largest dimension (as left by tensor parallelism) that ``dp`` divides; the first of equals.
-
-    Args:
-        parameter: The parameter.
-        sizes: Size of each class.
-        tensor_shards: Shards of each class by tensor parallelism.
-        dp: Data-parallel degree.
-    """
-    best, best_size = None, 0
-    for position, dim in enumerate(parameter.dims):
-        size = 1
-        for f in dim:
-            size *= f if isinstance(f, int) else sizes[f] // tensor_shards.get(f, 1)
-        if size % dp == 0 and size > best_size:
-            best, best_size = position, size
-    return best

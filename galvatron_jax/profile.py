@@ -76,6 +76,9 @@ class Parameter(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Dtype in which every use reads it: gathers move this dtype when the cast comes first."""
     dims: tuple[tuple[str | int, ...], ...]
     """Factors of each dimension, major to minor: class names, or sizes that must not be sharded."""
+    tied: bool = False
+    """A layer before holds the same array (a tied embedding table, a shared block): a stage keeps it once, and it
+    counts once as a parameter of the model."""
 
     def classes(self) -> tuple[str, ...]:
         """All class names in all dimensions."""
@@ -101,6 +104,9 @@ class Dot(Value, frozen=True, kw_only=True, omit_defaults=True):
     recomputed: bool = True
     """A forward product that full rematerialisation runs again; False when nothing in the backward pass needs its
     result (the last product of a block), so that its recomputation is dead code."""
+    batched: bool = False
+    """A product of two activations (it has batch dimensions): remat ``dots`` does not keep its result, so it runs
+    again there too when ``recomputed``."""
 
     def flops(self, sizes: Mapping[str, int], shards: Mapping[str, int]) -> float:
         """FLOP of *one* of the ``count`` products on one device."""
@@ -136,10 +142,37 @@ class Candidate(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Greatest common divisor of the class sizes: the degree must divide it."""
     flops_share: Fraction
     """Share of the layer's matmul FLOPs that the set divides."""
+    spill: dict[str, str] = {}
+    """Class -> class of another dimension that takes the rest of a degree greater than the first one's size: kv heads
+    spill into the query heads of a group (GQA with tp > kv heads; keys and values are then copied)."""
     tensor: tuple[Collective, ...]
     """Collectives with the stream replicated over the tensor axes."""
     sequence: tuple[Collective, ...] | None = None
     """Collectives with the stream sharded along ``seq`` between the products (Megatron sp); None: not legal."""
+
+    def shards(self, degree: int, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return how many shards each class has under tensor parallelism of ``degree`` (all 1 for degree 1)."""
+        found = {}
+        for name in self.classes:
+            rest = self.spill.get(name)
+            found[name] = degree if rest is None else math.gcd(degree, sizes[name])
+            if rest is not None and degree > found[name]:
+                found[rest] = degree // found[name]
+        return found
+
+    def undivided(self, sizes: Mapping[str, int], degree: int) -> list[str]:
+        """Return the classes that ``degree`` does not divide."""
+        shards = self.shards(degree, sizes)
+        return [name for name, count in shards.items() if sizes[name] % count]
+
+
+class Ulysses(Value, frozen=True, kw_only=True):
+    """What Ulysses sequence parallelism does in a layer: all but attention is sharded along ``seq``."""
+
+    classes: tuple[str, ...] = ()
+    """Classes sharded in place of ``seq`` inside attention (heads); none in a layer without attention."""
+    collectives: tuple[Collective, ...] = ()
+    """Per microbatch, the reductions of weight gradients left out."""
 
 
 class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
@@ -150,6 +183,9 @@ class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Its cotangent flows back."""
     stream: bool = False
     """It comes from the layer before (or goes to the next): not a mask or table shared by all layers."""
+    recomputed: bool = False
+    """It depends on the batch alone, not on parameters (a mask, positions, a rotary table): every pipeline stage makes
+    it again in place of receiving it."""
 
 
 class LayerKind(Value, frozen=True, kw_only=True):
@@ -167,10 +203,19 @@ class LayerKind(Value, frozen=True, kw_only=True):
     """What the forward pass keeps for the backward pass without remat: neither parameters nor the stream input."""
     workspace: tuple[Array, ...]
     """Arrays alive at the worst moment of the backward pass besides residuals, parameters and their gradients."""
+    residuals_dots: tuple[Array, ...] | None = None
+    """The same under remat ``dots``: results of products with weights only; None: not analysed, so not legal."""
     candidates: tuple[Candidate, ...] = ()
     """Best first; empty when no class may be sharded."""
+    ulysses: Ulysses | None = None
+    """Ulysses sequence parallelism; None: not legal."""
     data: tuple[Collective, ...] = ()
     """Collectives of sharding ``batch`` other than parameter gradients (for example the mean of the loss)."""
+
+    @property
+    def best_candidate(self) -> Candidate | None:
+        """The candidate that tensor parallelism shards; None when no class may be sharded."""
+        return self.candidates[0] if self.candidates else None
 
 
 class LayerRun(Value, frozen=True, kw_only=True):
@@ -215,7 +260,7 @@ class ModelProfile(Document, frozen=True, kw_only=True):
     def parameter_count(self) -> int:
         """Number of trained parameters of the whole model."""
         return sum(
-            run.count * round(sum(p.array().elements(kind.classes, {}) for p in kind.parameters))
+            run.count * round(sum(p.array().elements(kind.classes, {}) for p in kind.parameters if not p.tied))
             for run in self.layers
             for kind in [self.kind(run.kind)]
         )

@@ -196,3 +196,53 @@ def test_zero_dim_is_the_largest_that_divides(
     parameter = Parameter(path="w", dtype="float32", compute_dtype="bfloat16", dims=dims)
     sizes = {"embed": 32, "mlp": 96, "heads": 4, "head_dim": 8}
     assert zero_dim(parameter, sizes, tensor_shards, dp) == chosen
+
+
+@pytest.mark.parametrize(
+    ("strategy", "problem"),
+    [
+        (Strategy(tp=2, ulysses=2, dp=2), "tp=2 and ulysses=2 exclude each other"),
+        (Strategy(ulysses=2, dp=4), "ulysses is not legal"),
+        (Strategy(dp=8, replicas=2), "replicas=2 needs zero > 0"),
+        (Strategy(dp=8, zero=3, replicas=3), "replicas=3 does not divide dp=8"),
+        (Strategy(dp=8, zero=3, replicas=8), "leaves nothing to shard over"),
+        (Strategy(dp=8, remat="dots"), "remat=dots is not known"),
+    ],
+)
+def test_strategy_violations_of_ulysses_hsdp_and_dots(model: ModelProfile, strategy: Strategy, problem: str) -> None:
+    found = strategy_violations(model.kind("layers.*"), strategy, 16)
+    assert any(problem in text for text in found), found
+
+
+def test_zero_ranks_count_the_ranks_that_hold_the_same_weights() -> None:
+    assert Strategy(dp=8, zero=3, replicas=2).zero_ranks == 4
+    assert Strategy(dp=2, ulysses=4, zero=3).zero_ranks == 8
+    assert str(Strategy(ulysses=4, dp=4, zero=3, replicas=2, remat="dots")) == "ulysses4 dp4 zero3 hsdp2 remat-dots"
+
+
+def test_interleaved_plan_counts_each_slice_once(plan: Plan, model: ModelProfile) -> None:
+    runs = [
+        [
+            PlanRun(kind="embed", count=1, strategy=Strategy(dp=4)),
+            PlanRun(kind="layers.*", count=1, strategy=Strategy(dp=4)),
+        ],
+        [PlanRun(kind="layers.*", count=1, strategy=Strategy(dp=4))],
+        [PlanRun(kind="layers.*", count=1, strategy=Strategy(dp=4))],
+        [
+            PlanRun(kind="layers.*", count=1, strategy=Strategy(dp=4)),
+            PlanRun(kind="head", count=1, strategy=Strategy(dp=4)),
+        ],
+    ]
+    stages = tuple(Stage(devices=4, runs=tuple(r)) for r in runs)
+    cluster = Cluster(nodes=1, gpus_per_node=8, gpu="h100")
+    good = replace(
+        plan, cluster=cluster, global_batch=16, microbatches=4, schedule="interleaved-1f1b", chunks=2, stages=stages
+    )
+    check_plan(good, model)
+    assert good.slices == 2
+    with pytest.raises(PlanError, match="2 device slices do not divide microbatches=1"):
+        check_plan(replace(good, microbatches=1))
+    with pytest.raises(PlanError, match="chunks=2 needs schedule interleaved-1f1b"):
+        check_plan(replace(good, schedule="1f1b"))
+    with pytest.raises(PlanError, match="needs chunks > 1"):
+        check_plan(replace(good, chunks=1))

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 from ..plan import zero_dim
-from ..profile import BATCH, SEQ, Array, Candidate, Dot, HardwareProfile, LayerKind, Phase
+from ..profile import BATCH, SEQ, Array, Dot, HardwareProfile, LayerKind, Phase
 from ..units import ITEM_BYTES
 from ._memo import remembered
 from ._values import Shares
@@ -130,11 +130,6 @@ def is_fused(kind: LayerKind, hardware: HardwareProfile) -> bool:
     return hardware.fused_attention and bool(scores) and all(dot.dtype in FUSABLE_DTYPES for dot in scores)
 
 
-def best_candidate(kind: LayerKind) -> Candidate | None:
-    """Return the candidate that tensor parallelism shards, None when no class may be sharded."""
-    return kind.candidates[0] if kind.candidates else None
-
-
 @remembered
 def summarise(kind: LayerKind, fused: bool) -> KindSums:
     """Return the sums of ``kind``, with or without fused attention."""
@@ -155,8 +150,8 @@ def summarise(kind: LayerKind, fused: bool) -> KindSums:
 @remembered
 def weigh(kind: LayerKind, tp: int, dp: int) -> Weights:
     """Return the parameter bytes of ``kind`` under ``tp``, split by whether ``dp`` divides them."""
-    candidate = best_candidate(kind)
-    tensor_shards = dict.fromkeys(candidate.classes if candidate and tp > 1 else (), tp)
+    candidate = kind.best_candidate
+    tensor_shards = candidate.shards(tp, kind.classes) if candidate else {}
     divided = whole = WeightBytes(0.0, 0.0, 0.0, 0.0)
     for parameter in kind.parameters:
         elements = parameter.array().elements(kind.classes, tensor_shards)
@@ -206,7 +201,7 @@ def _total(kind: LayerKind, arrays: Iterable[Array], fused: bool) -> LocalSum:
 
 
 def _gathered(kind: LayerKind) -> LocalSum:
-    candidate = best_candidate(kind)
+    candidate = kind.best_candidate
     found: dict[int, float] = defaultdict(float)
     for collective in (candidate.sequence or ()) if candidate else ():
         if collective.kind == "all-gather" and collective.phase == "backward":
@@ -223,7 +218,7 @@ def _monomial(kind: LayerKind, classes: tuple[str, ...], factor: int) -> tuple[S
 
 
 def _share(kind: LayerKind, classes: tuple[str, ...]) -> Share:
-    candidate = best_candidate(kind)
+    candidate = kind.best_candidate
     if candidate is None:
         return "whole"
     if not set(candidate.classes).isdisjoint(classes):

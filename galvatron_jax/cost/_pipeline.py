@@ -75,7 +75,7 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequen
         moved = False
         for s, actions in enumerate(schedule):
             while position[s] < len(actions):
-                phase, microbatch = actions[position[s]]
+                phase, microbatch, _ = actions[position[s]]
                 ready = _arrival(ends, s, phase, microbatch, transfer_s)
                 if ready is None:
                     break

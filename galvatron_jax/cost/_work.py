@@ -12,7 +12,7 @@ from ..plan import Strategy
 from ..profile import Collective, HardwareProfile, LayerKind, Phase
 from ._collectives import Group, collective_seconds, device_group
 from ._compute import compute_seconds
-from ._kind import array_bytes, best_candidate, is_fused, summarise
+from ._kind import array_bytes, is_fused, summarise
 from ._memo import remembered
 from ._values import Shares
 
@@ -73,7 +73,7 @@ def layer_work(
 
 def tensor_collectives(kind: LayerKind, sp: bool) -> tuple[Collective, ...]:
     """Return the collectives of the candidate that tensor parallelism shards, with or without sequence parallelism."""
-    candidate = best_candidate(kind)
+    candidate = kind.best_candidate
     if candidate is None:
         return ()
     return candidate.sequence if sp and candidate.sequence is not None else candidate.tensor

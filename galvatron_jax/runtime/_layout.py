@@ -66,8 +66,9 @@ class LayerLayout:
     @functools.cached_property
     def _zero_dims(self) -> list[int | None]:
         profile = self.kind.profile
-        shards = dict.fromkeys(profile.candidates[0].classes, self.strategy.tp) if profile.candidates else {}
-        return [zero_dim(p, profile.classes, shards, self.strategy.dp) for p in profile.parameters]
+        candidate = profile.best_candidate
+        shards = candidate.shards(self.strategy.tp, profile.classes) if candidate else {}
+        return [zero_dim(p, profile.classes, shards, self.strategy.zero_ranks) for p in profile.parameters]
 
     @functools.cached_property
     def _class_axes(self) -> dict[int, Axes]:

@@ -72,7 +72,7 @@ def _play(
         moved = False
         for s, actions in enumerate(schedule):
             while len(ends[s]) < len(actions):
-                phase, microbatch = actions[len(ends[s])]
+                phase, microbatch, _ = actions[len(ends[s])]
                 backward = phase == "backward"
                 source = min(s + 1, count - 1) if backward else max(s - 1, 0)
                 ready = 0.0 if source == s else done[backward][source].get(microbatch)

@@ -29,10 +29,12 @@ def pipelines(draw: st.DrawFn) -> Pipeline:
 
 def longest_path(schedule: Schedule, stages: list[StageTime], transfer_s: list[float]) -> float:
     """The same graph solved another way: relax all edges until nothing changes (Bellman-Ford)."""
-    nodes: list[Node] = [(s, *action) for s, actions in enumerate(schedule) for action in actions]
+    nodes: list[Node] = [
+        (s, action.phase, action.microbatch) for s, actions in enumerate(schedule) for action in actions
+    ]
     duration = {n: stages[n[0]].forward_s if n[1] == "forward" else stages[n[0]].backward_s for n in nodes}
     edges: list[tuple[Node, Node, float]] = [
-        ((s, *a), (s, *b), 0.0) for s, actions in enumerate(schedule) for a, b in itertools.pairwise(actions)
+        ((s, *a[:2]), (s, *b[:2]), 0.0) for s, actions in enumerate(schedule) for a, b in itertools.pairwise(actions)
     ]
     last = len(stages) - 1
     for s, phase, i in nodes:
