@@ -132,7 +132,10 @@ class ShardedModel:
 
         Call ``prepare`` first. A checkpoint restored to these needs no further copy.
         """
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state)
+        abstract: TrainState = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+        )
+        return abstract
 
     def restore_state(self, state: TrainState) -> None:
         """Go on from ``state``, a ``neutral_state`` of this model under any plan, placed as ``abstract_state`` says."""
