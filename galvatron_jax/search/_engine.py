@@ -76,6 +76,8 @@ class Engine:
     global_batches: Sequence[int]
     poll: Callable[[float | None], None] = lambda best: None
     """Called often with the best seconds per sample so far; raises ``Stop`` to end the search."""
+    below_s_per_sample: float = float("inf")
+    """Only plans faster than this are looked for: without one, the space holds none."""
     prices: PriceList = field(init=False)
     _assigners: dict[int, Assigner] = field(default_factory=dict)
     _best: tuple[float, Candidate, Solution] | None = None
@@ -201,4 +203,4 @@ class Engine:
 
     def _limit(self, global_batch: int) -> float:
         """Step time that a better solution must stay below."""
-        return self._best[0] * global_batch if self._best else float("inf")
+        return (self._best[0] if self._best else self.below_s_per_sample) * global_batch

@@ -159,7 +159,10 @@ def message_buffers(prices: Prices, stages: int, stage: int, cuts: tuple[int, in
 def _price(price_list: PriceList, setting: Setting, stages: int) -> Prices | None:
     problem, order = price_list.problem, price_list.order
     every = stage_strategies(problem.cluster, setting.stage_devices, problem.limits)
-    choices = [legal(kind, every, setting.microbatch) for kind in problem.model.kinds]
+    choices = [
+        tuple(s for s in legal(kind, every, setting.microbatch) if problem.limits.allows(kind.name, s))
+        for kind in problem.model.kinds
+    ]
     if not all(choices[kind] for kind in set(order.tolist())):
         return None
     layouts = tuple(sorted({layout_of(strategy) for some in choices for strategy in some}))

@@ -19,8 +19,9 @@ from typing import NamedTuple
 
 from ..cluster import Cluster, divisors
 from ..errors import ClusterError
-from ..plan import Remat, Strategy, strategy_violations
+from ..plan import Remat, ScheduleName, Strategy, strategy_violations
 from ..profile import LayerKind, ModelProfile
+from ._rules import Rule
 
 ZERO_LEVELS = (0, 1, 2, 3)
 REMATS: tuple[Remat, ...] = ("none", "full")
@@ -46,6 +47,16 @@ class Limits:
     max_tp: int | None = None
     microbatches: tuple[int, ...] | None = None
     """Allowed microbatch counts; None allows all divisors of the global batch."""
+    stages: tuple[int, ...] | None = None
+    """Allowed numbers of stages; None allows all."""
+    schedules: tuple[ScheduleName, ...] | None = None
+    """Allowed schedules; None allows all that the search knows."""
+    rules: tuple[Rule, ...] = ()
+    """Which strategies the layers of a kind may use."""
+
+    def allows(self, kind: str, strategy: Strategy) -> bool:
+        """Return whether no rule keeps a layer of ``kind`` from ``strategy``."""
+        return all(rule.allows(kind, strategy) for rule in self.rules)
 
 
 def default_batches(cluster: Cluster, model: ModelProfile) -> tuple[int, ...]:
@@ -62,7 +73,10 @@ def default_batches(cluster: Cluster, model: ModelProfile) -> tuple[int, ...]:
 def stage_counts(cluster: Cluster, model: ModelProfile, limits: Limits) -> tuple[int, ...]:
     """Return the numbers of pipeline stages in the space, ascending."""
     most = min(model.layer_count, limits.max_stages or model.layer_count)
-    return tuple(count for count in divisors(cluster.devices) if count <= most and _splits(cluster, count))
+    allowed = divisors(cluster.devices) if limits.stages is None else limits.stages
+    return tuple(
+        count for count in divisors(cluster.devices) if count <= most and count in allowed and _splits(cluster, count)
+    )
 
 
 def microbatch_counts(global_batch: int, limits: Limits) -> tuple[int, ...]:
