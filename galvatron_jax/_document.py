@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -19,6 +19,14 @@ from .errors import DocumentError, DocumentNotFoundError
 
 MAX_DOCUMENT_BYTES = 8 * 2**20
 """Larger files are refused before parsing: a plan of 10 000 layers is far below 1 MB."""
+
+
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e24)]
+NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e24)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""Exact as floats; JSON has integers without end, and a hostile one must not reach arithmetic."""
 
 
 class Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -10,7 +10,8 @@ A class that occurs twice in one array (``seq`` in attention scores) is divided 
 one of the two dimensions.
 
 A ``HardwareProfile`` holds ceilings (FLOP/s, bytes/s), an efficiency curve and links, each with its source; tables
-measured by the profilers replace the formulas where they are present.
+measured by the profilers replace the formulas where they are present, in either profile, and ``Provenance`` says on
+which devices a clock ran, so that figures of one machine never price another.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
+from ._document import Bytes as Bytes
+from ._document import Count as Count
 from ._document import Document, Value
+from ._document import Fraction as Fraction
+from ._document import NonNegative as NonNegative
+from ._document import Positive as Positive
+from .measured import Measured, Provenance, check_rising
 from .units import ITEM_BYTES
 
 Phase = Literal["forward", "backward"]
 CollectiveKind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
-
-Positive = Annotated[float, msgspec.Meta(gt=0, le=1e24)]
-NonNegative = Annotated[float, msgspec.Meta(ge=0, le=1e24)]
-Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=2**53)]
-Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
-"""Exact as floats; JSON has integers without end, and a hostile one must not reach arithmetic."""
 
 BATCH, SEQ = "batch", "seq"
 """The two class names with a meaning of their own: samples of the (micro)batch, and positions in a sequence."""
@@ -211,6 +211,8 @@ class LayerKind(Value, frozen=True, kw_only=True):
     """Ulysses sequence parallelism; None: not legal."""
     data: tuple[Collective, ...] = ()
     """Collectives of sharding ``batch`` other than parameter gradients (for example the mean of the loss)."""
+    measured: Measured | None = None
+    """Written by the profilers; takes the place of formulas on the devices that it names."""
 
     @property
     def best_candidate(self) -> Candidate | None:
@@ -266,18 +268,31 @@ class ModelProfile(Document, frozen=True, kw_only=True):
         )
 
     def at_seq(self, seq: int) -> ModelProfile:
-        """The same model at another sequence length."""
+        """The same model at another sequence length (what was measured at this one is dropped)."""
+        if seq == self.seq:
+            return self
         kinds = tuple(
-            msgspec.structs.replace(kind, classes={**kind.classes, SEQ: seq}) if SEQ in kind.classes else kind
+            msgspec.structs.replace(kind, classes={**kind.classes, SEQ: seq}, measured=None)
+            if SEQ in kind.classes
+            else kind
             for kind in self.kinds
         )
         return msgspec.structs.replace(self, seq=seq, kinds=kinds)
 
     def at_dtype(self, dtype: str) -> ModelProfile:
-        """The same model computed in ``dtype`` (arrays of the present compute dtype change, float32 ones stay)."""
+        """The same model computed in ``dtype`` (arrays of the present compute dtype change, float32 ones stay).
+
+        What was measured in the present dtype is dropped.
+        """
         if dtype == self.dtype:
             return self
-        return msgspec.convert(_replace_text(msgspec.to_builtins(self), self.dtype, dtype), ModelProfile)
+        unmeasured = self.with_measured({})
+        return msgspec.convert(_replace_text(msgspec.to_builtins(unmeasured), self.dtype, dtype), ModelProfile)
+
+    def with_measured(self, measured: Mapping[str, Measured]) -> ModelProfile:
+        """The same model with what was measured of each kind, by its name; kinds not named have nothing."""
+        kinds = tuple(msgspec.structs.replace(kind, measured=measured.get(kind.name)) for kind in self.kinds)
+        return msgspec.structs.replace(self, kinds=kinds)
 
 
 def _replace_text(value: object, old: str, new: str) -> object:
@@ -316,18 +331,17 @@ class CollectiveTable(Value, frozen=True, kw_only=True):
     group: Count
     """Devices in the group."""
     inside_node: bool
+    per_node: Count | None = None
+    """Members of a group on each node that it touches; None: not told."""
     sizes_bytes: tuple[Positive, ...]
     """Bytes of the whole array of the group (see ``Collective.array``)."""
     times_s: tuple[Positive, ...]
 
     def __post_init__(self) -> None:
         """Refuse tables that cannot be interpolated."""
-        if len(self.sizes_bytes) != len(self.times_s) or len(self.sizes_bytes) < 2:
-            raise ValueError("sizes_bytes and times_s need the same length, at least 2")
-        if list(self.sizes_bytes) != sorted(set(self.sizes_bytes)):
-            raise ValueError("sizes_bytes must rise")
-        if list(self.times_s) != sorted(self.times_s):
-            raise ValueError("times_s must not fall while sizes_bytes rise")
+        check_rising("sizes_bytes", self.sizes_bytes, self.times_s)
+        if len(self.sizes_bytes) < 2:
+            raise ValueError("sizes_bytes and times_s need at least 2 entries")
 
 
 class HardwareProfile(Document, frozen=True, kw_only=True):
@@ -363,6 +377,13 @@ class HardwareProfile(Document, frozen=True, kw_only=True):
     collectives: tuple[CollectiveTable, ...] = ()
     sources: dict[str, str] = {}
     """Where each number comes from, by field name."""
+    provenance: Provenance | None = None
+    """Of what was measured; None for bundled data."""
+
+    @property
+    def device(self) -> str:
+        """Name of the kind of device: what was measured there counts here."""
+        return self.provenance.device if self.provenance else self.name
 
     def __post_init__(self) -> None:
         """Refuse an efficiency curve that cannot be interpolated."""
