@@ -31,8 +31,12 @@ class StepResult:
 
     loss: jax.Array
     """Mean loss of the batch before the update, a float32 scalar still on its way (convert it to wait)."""
+    gradient_norm: jax.Array
+    """Euclidean norm of the gradients of all parameters, a float32 scalar still on its way."""
+    finite: jax.Array
+    """Whether loss and norm are finite, a boolean scalar still on its way; if not, the update was left out."""
     step: int
-    """Number of updates so far, this one included."""
+    """Number of steps so far, this one included."""
 
 
 class ShardedModel:
@@ -89,9 +93,9 @@ class ShardedModel:
             PlanError: the batch has another number of samples than the plan.
         """
         programs = self._ready(batch)
-        self._state, loss = programs.train(self.state, programs.place_batch(jax.tree.leaves(batch)))
+        self._state, metrics = programs.train(self.state, programs.place_batch(jax.tree.leaves(batch)))
         self._steps += 1
-        return StepResult(loss=loss, step=self._steps)
+        return StepResult(**metrics._asdict(), step=self._steps)
 
     def eval(self, batch: Any) -> jax.Array:
         """Return the mean loss of a batch under the same plan, without an update."""

@@ -1,5 +1,8 @@
 """Runtime: a plan becomes shardings and compiled programs on the devices of a cluster."""
 
+from ._guard import StepMetrics as StepMetrics
+from ._guard import guarded as guarded
+from ._guard import step_metrics as step_metrics
 from ._layout import LayerLayout as LayerLayout
 from ._mesh import StageMesh as StageMesh
 from ._mesh import stage_mesh as stage_mesh

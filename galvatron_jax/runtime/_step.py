@@ -1,7 +1,8 @@
 """The compiled programs of a one-stage plan: initialise, train step, evaluate.
 
 One train step is one ``jax.jit``: a scan over microbatches of ``value_and_grad``, gradients accumulated in their zero-2
-layout, then the optimizer update in the zero-1 layout, parameters back in the zero-3 layout. The state is donated.
+layout, then the optimizer update in the zero-1 layout, parameters back in the zero-3 layout. A step that is not finite
+leaves the update out (``_guard``). The state is donated.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
+from ._guard import StepMetrics, guarded, step_metrics
 from ._layout import Role
 from ._model import PlannedModel
 
@@ -30,7 +32,7 @@ class TrainState(NamedTuple):
     model_state: Any
     """All other leaves of the model (RNG counters, statistics)."""
     step: Any
-    """int32 scalar: updates so far."""
+    """int32 scalar: steps so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +92,13 @@ class StagePrograms:
         return placed
 
     @functools.cached_property
-    def train(self) -> Callable[[TrainState, list[Any]], tuple[TrainState, jax.Array]]:
-        """The compiled train step: (state, batch leaves) to (new state, mean loss)."""
+    def train(self) -> Callable[[TrainState, list[Any]], tuple[TrainState, StepMetrics]]:
+        """The compiled train step: (state, batch leaves) to (new state, metrics)."""
         places = self.state_shardings
         return jax.jit(
             self._train,
             in_shardings=(places, self.model.batch_shardings(microbatched=self.microbatches > 1)),
-            out_shardings=(places, self.model.stage.replicated),
+            out_shardings=(places, self.model.stage.replicated),  # the second one for all metrics
             donate_argnums=0,
         )
 
@@ -119,13 +121,17 @@ class StagePrograms:
         )
 
     # ------------------------------------------------------------------------------------------------ traced functions
-    def _train(self, state: TrainState, batch: list[Any]) -> tuple[TrainState, jax.Array]:
+    def _train(self, state: TrainState, batch: list[Any]) -> tuple[TrainState, StepMetrics]:
         loss, gradients, model_state = self._loss_and_gradients(state, batch)
         gradients = self._constrain(gradients, "optimizer")
         parameters = self._constrain(state.parameters, "optimizer")
+        metrics = step_metrics(loss, gradients)
         updates, optimizer = self.optimizer.update(gradients, state.optimizer, parameters)
-        parameters = self._constrain(optax.apply_updates(parameters, updates), "optimizer")
-        return TrainState(parameters, optimizer, model_state, state.step + 1), loss
+        updated = optax.apply_updates(parameters, updates)
+        before = (parameters, state.optimizer, state.model_state)
+        parameters, optimizer, model_state = guarded(metrics.finite, (updated, optimizer, model_state), before)
+        parameters = self._constrain(parameters, "optimizer")
+        return TrainState(parameters, optimizer, model_state, state.step + 1), metrics
 
     def _loss_and_gradients(self, state: TrainState, batch: list[Any]) -> tuple[jax.Array, Any, Any]:
         grad = jax.value_and_grad(self._loss, has_aux=True)

@@ -28,9 +28,9 @@ LOSS_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 5e-6
 """Largest error over largest value of each gradient: sums over 512 tokens and up to 128 columns, in another order,
 through six layers. Measured at most 1.1e-6."""
-SGD_TOLERANCE = 5e-8
-"""Absolute, of parameters that moved by up to 6e-3: a rounding of a norm's weight (near 1) is 6e-8, of the others 7e-9
-and less. Measured at most 1.1e-8."""
+SGD_TOLERANCE = 6.5e-8
+"""Absolute, of parameters that moved by up to 6e-3: a rounding of a norm's weight (just below 1) is 6e-8, of the others
+7e-9 and less. Measured: one such rounding (the guarded update fuses multiply and add, the reference does not)."""
 ADAM_TOLERANCE, ADAM_USUAL_TOLERANCE = 5e-2, 1e-3
 """Shares of the way that three steps go, for all parameters and for 999 in 1000. Adam divides a gradient by its own
 size, so where that is below the rounding of the sums that make it, its direction is noise. Measured at most 1.4e-2; all
@@ -136,8 +136,8 @@ def run(sharded: Planned) -> Run:
     state, losses = sharded.adopted(), []
     gradients: Arrays = {}
     for batch in batches(sharded.model):
-        state, loss = sharded.programs.train(state, sharded.placed(batch))
-        losses.append(float(loss))
+        state, metrics = sharded.programs.train(state, sharded.placed(batch))
+        losses.append(float(metrics.loss))
         gradients = gradients or by_path(state.optimizer[0])
     assert int(state.step) == STEPS
     return Run(losses, gradients, by_path(state.parameters))

@@ -151,8 +151,8 @@ def assert_equal_to_calls_in_turn(sharded: Planned, *, microbatches: int) -> Non
         losses.append(float(loss))
         gradients.append(jax.tree.leaves(gradient))
     initial = jax.tree.leaves(sharded.parts()[0])
-    state, loss = sharded.programs.train(sharded.adopted(), sharded.placed(sharded.model.batch))
-    assert float(loss) == pytest.approx(np.mean(losses), rel=1e-6)
+    state, metrics = sharded.programs.train(sharded.adopted(), sharded.placed(sharded.model.batch))
+    assert float(metrics.loss) == pytest.approx(np.mean(losses), rel=1e-6)
     for before, after, *parts in zip(initial, jax.tree.leaves(state.parameters), *gradients, strict=True):
         np.testing.assert_allclose(before - after, np.mean(parts, axis=0), rtol=1e-5, atol=1e-7)
     rest = nnx.state(own, nnx.Not(nnx.Param))
