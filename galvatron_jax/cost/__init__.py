@@ -3,6 +3,8 @@
 from ._collectives import Group as Group
 from ._collectives import collective_seconds as collective_seconds
 from ._collectives import device_group as device_group
+from ._compute import product_seconds as product_seconds
+from ._compute import traffic_seconds as traffic_seconds
 from ._kind import is_fused as is_fused
 from ._layer import estimate_layer as estimate_layer
 from ._memory import memory_budget as memory_budget

@@ -79,7 +79,7 @@ def compute_seconds(
         DocumentError: the hardware profile has no matmul rate for an operand dtype.
     """
     dots = [dot for dot in sums.dots[phase] if dot.recomputed or not again]
-    products_s = sum(dot.copies * _product_seconds(dot, phase, shares, hardware, causal) for dot in dots)
+    products_s = sum(dot.copies * _dot_seconds(dot, phase, shares, hardware, causal) for dot in dots)
     return products_s + traffic_seconds(sums.traffic[phase].at(shares), sum(dot.copies for dot in dots) or 1, hardware)
 
 
@@ -106,10 +106,21 @@ def matmul_peak(hardware: HardwareProfile, dtype: str) -> float:
     return hardware.matmul_flops_per_s[dtype]
 
 
-def _product_seconds(dot: DotSum, phase: Phase, shares: Shares, hardware: HardwareProfile, causal: bool) -> float:
-    flops, peak = dot.flops.at(shares), matmul_peak(hardware, dot.dtype)
-    if dot.fused:
-        work_s = flops * (CAUSAL_SHARE if causal else 1) / (peak * hardware.attention_efficiency[phase])
-    else:
-        work_s = flops / (peak * efficiency_curve(hardware).at(flops))
+def product_seconds(flops: float, dtype: str, hardware: HardwareProfile) -> float:
+    """Return the seconds of one matrix product of ``flops`` FLOP with operands of ``dtype``.
+
+    Raises:
+        DocumentError: the hardware profile has no rate for ``dtype``.
+    """
+    if not flops:
+        return 0.0
+    work_s = flops / (matmul_peak(hardware, dtype) * efficiency_curve(hardware).at(flops))
     return max(work_s, hardware.kernel_launch_s)
+
+
+def _dot_seconds(dot: DotSum, phase: Phase, shares: Shares, hardware: HardwareProfile, causal: bool) -> float:
+    flops = dot.flops.at(shares)
+    if not dot.fused:
+        return product_seconds(flops, dot.dtype, hardware)
+    rate = matmul_peak(hardware, dot.dtype) * hardware.attention_efficiency[phase]
+    return max(flops * (CAUSAL_SHARE if causal else 1) / rate, hardware.kernel_launch_s)

@@ -2,19 +2,29 @@
 
 Compared are totals per kind and group size over one step: bytes (they do not change when the compiler combines
 collectives) and counts (they fall). Bytes are counted as in ``profile.Collective``: the whole array of the group, for a
-reduce-scatter too; the local array for all-to-all and permute. What stands in the loop over microbatches counts once
-per microbatch. A combined collective carries the name of one of its layers only.
+reduce-scatter too; the local array for all-to-all and permute. What stands in a loop counts once per turn. A combined
+collective carries the name of one of its layers only.
+
+Beside them stand the seconds that the compiled schedule leaves exposed (``_schedule``) and what the estimate assumes:
+collectives of weights and gradients hide behind compute, those of activations do not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from ..cost import PlannedCollective
 from ..profile import CollectiveKind
-from ._hlo import HloCollective
 from ._peak import layer_of, role_of
+from ._schedule import ScheduledCollective
+
+Assumption = Literal["hidden", "exposed", "both", ""]
+"""What the estimate says of a row: ``both`` where some are of each kind, empty where nobody planned any."""
+
+_HIDDEN_CAUSES = frozenset(("weights", "gradient"))
+"""What ``cost`` lets run beside compute (``cost._overlap``)."""
 
 BETWEEN = ""
 """Layer kind of what belongs to no layer: changes of layout between layers, and the optimizer."""
@@ -29,6 +39,9 @@ class LayerShare:
     """``forward``, ``recomputed``, ``backward``, ``update``, or ``other`` where the compiler left no name."""
     count: int
     bytes: int
+    seconds: float
+    exposed_s: float
+    """Of ``seconds``, not hidden behind what the schedule issues beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +54,7 @@ class CollectiveRow:
     predicted_bytes: int
     compiled_count: int
     compiled_bytes: int
+    assumed: Assumption
     shares: tuple[LayerShare, ...]
     """Of the compiled program, largest first."""
 
@@ -49,25 +63,33 @@ class CollectiveRow:
         """Somebody predicted this kind over such groups."""
         return self.predicted_count > 0
 
+    @property
+    def seconds(self) -> float:
+        """Of all compiled ones in one step, by the cost model."""
+        return sum(share.seconds for share in self.shares)
+
+    @property
+    def exposed_s(self) -> float:
+        """Of ``seconds``, not hidden in the compiled schedule."""
+        return sum(share.exposed_s for share in self.shares)
+
 
 def compare_collectives(
-    compiled: Iterable[HloCollective],
+    compiled: Iterable[ScheduledCollective],
     predicted: Iterable[PlannedCollective],
     *,
     devices: int,
-    microbatches: int,
     segments: Mapping[str, str],
 ) -> tuple[CollectiveRow, ...]:
     """Return one row per kind and group size that either side has, most compiled bytes first.
 
     Args:
-        compiled: Collectives of the program.
+        compiled: Collectives of the program, in its schedule.
         predicted: Collectives of the plan.
         devices: Devices of the stage: the group of an instruction that names none.
-        microbatches: Turns of the loop.
         segments: Kind of each layer by its name.
     """
-    found = [(_key(c, devices), _share(c, microbatches, segments)) for c in compiled if _key(c, devices)[1] > 1]
+    found = [(_key(c, devices), _share(c, segments)) for c in compiled if _key(c, devices)[1] > 1]
     foreseen = [((p.kind, p.group), p) for p in predicted]
     keys = {key for key, _ in found} | {key for key, _ in foreseen}
     rows = [
@@ -78,6 +100,7 @@ def compare_collectives(
             predicted_bytes=round(sum(p.bytes for key, p in foreseen if key == (kind, size))),
             compiled_count=sum(s.count for key, s in found if key == (kind, size)),
             compiled_bytes=sum(s.bytes for key, s in found if key == (kind, size)),
+            assumed=_assumption(p for key, p in foreseen if key == (kind, size)),
             shares=_merged([s for key, s in found if key == (kind, size)]),
         )
         for kind, size in keys
@@ -85,19 +108,26 @@ def compare_collectives(
     return tuple(sorted(rows, key=lambda row: (-row.compiled_bytes, row.kind, row.group_size)))
 
 
-def _key(collective: HloCollective, devices: int) -> tuple[CollectiveKind, int]:
-    return collective.kind, collective.group_size or devices
+def _key(scheduled: ScheduledCollective, devices: int) -> tuple[CollectiveKind, int]:
+    return scheduled.collective.kind, scheduled.collective.group_size or devices
 
 
-def _share(collective: HloCollective, microbatches: int, segments: Mapping[str, str]) -> LayerShare:
-    times = microbatches if collective.in_loop else 1
+def _assumption(planned: Iterable[PlannedCollective]) -> Assumption:
+    hidden = {p.cause in _HIDDEN_CAUSES for p in planned}
+    return "both" if len(hidden) > 1 else "" if not hidden else "hidden" if hidden.pop() else "exposed"
+
+
+def _share(scheduled: ScheduledCollective, segments: Mapping[str, str]) -> LayerShare:
+    collective = scheduled.collective
     layer = layer_of(collective.op_name, set(segments))
     whole = collective.group_size if collective.kind == "reduce-scatter" else 1
     return LayerShare(
         layer_kind=segments.get(layer, BETWEEN),
         phase=role_of(collective.op_name),
-        count=times,
-        bytes=times * whole * collective.bytes,
+        count=collective.times,
+        bytes=collective.times * whole * collective.bytes,
+        seconds=collective.times * scheduled.seconds,
+        exposed_s=collective.times * scheduled.exposed_s,
     )
 
 
@@ -110,6 +140,8 @@ def _merged(shares: Sequence[LayerShare]) -> tuple[LayerShare, ...]:
             phase=phase,
             count=sum(s.count for s in shares if (s.layer_kind, s.phase) == (kind, phase)),
             bytes=sum(s.bytes for s in shares if (s.layer_kind, s.phase) == (kind, phase)),
+            seconds=sum(s.seconds for s in shares if (s.layer_kind, s.phase) == (kind, phase)),
+            exposed_s=sum(s.exposed_s for s in shares if (s.layer_kind, s.phase) == (kind, phase)),
         )
         for kind, phase in keys
     ]

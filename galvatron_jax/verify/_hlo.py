@@ -9,13 +9,12 @@ of ``all-reduce-start`` is that of the result; any other start has the type ``(o
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..profile import CollectiveKind
 from ._groups import Groups, device_groups
+from ._program import Instruction, Program, array_types, parse_program, type_bytes
 
 _KINDS: tuple[CollectiveKind, ...] = (
     "all-reduce",
@@ -24,13 +23,6 @@ _KINDS: tuple[CollectiveKind, ...] = (
     "all-to-all",
     "collective-permute",
 )
-# The type holds neither a name nor a quotation, so no operand or metadata is taken for the operation.
-_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?[\w.\-]+ = ([^%\"]*?) (?:ragged-)?({'|'.join(_KINDS)})(-start)?\(")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{\s*$")
-_CALLED = re.compile(r"\b(?:to_apply|calls|body|condition|branch_computations|called_computations)=(\{.*?\}|[%\w.\-]+)")
-_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
-_COMMENT = re.compile(r"/\*.*?\*/")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\]")
 _NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 
 
@@ -48,6 +40,8 @@ class HloCollective(NamedTuple):
     """It stands in the body of a loop: ``bytes`` move in every turn."""
     op_name: str
     """Where in the traced program it comes from; empty when the compiler made it up."""
+    times: int = 1
+    """How often one call of the program runs it: the trip counts of the loops around it."""
 
     @property
     def arrays(self) -> int:
@@ -66,57 +60,37 @@ def collectives(hlo_text: str) -> list[HloCollective]:
     Args:
         hlo_text: What ``jax.stages.Compiled.as_text()`` returns.
     """
-    looped = _looped_computations(hlo_text)
+    program = parse_program(hlo_text)
     return [
-        _collective(match, line, computation in looped)
-        for computation, line in _instructions(hlo_text)
-        if (match := _INSTRUCTION.match(line))
+        read_collective(program, computation, instruction)
+        for computation, instruction in program.instructions()
+        if collective_kind(instruction) is not None
     ]
 
 
-def _collective(match: re.Match[str], line: str, in_loop: bool) -> HloCollective:
-    kind = next(kind for kind in _KINDS if kind == match[2])
-    arrays = _ARRAY.findall(_result_type(match[1], kind, is_start=match[3] is not None))
-    name = _NAME.search(line)
+def collective_kind(instruction: Instruction) -> CollectiveKind | None:
+    """Return which collective an instruction issues; None for any other (the end of an asynchronous one too)."""
+    opcode = instruction.opcode.removeprefix("ragged-").removesuffix("-start")
+    return next((kind for kind in _KINDS if kind == opcode), None)
+
+
+def read_collective(program: Program, computation: str, instruction: Instruction) -> HloCollective:
+    """Return what a collective instruction of ``computation`` says."""
+    kind = collective_kind(instruction)
+    assert kind is not None, "only collectives are read"
+    result = _result_type(instruction.type, kind, is_start=instruction.opcode.endswith("-start"))
+    name = _NAME.search(instruction.line)
     return HloCollective(
         kind=kind,
-        bytes=sum(_array_bytes(dtype, dims) for dtype, dims in arrays),
-        dtypes=tuple(dtype for dtype, _ in arrays),
-        groups=device_groups(line),
-        in_loop=in_loop,
+        bytes=type_bytes(result),
+        dtypes=tuple(dtype for dtype, _ in array_types(result)),
+        groups=device_groups(instruction.line),
+        in_loop=computation in program.looped,
         op_name=name[1] if name else "",
+        times=program.runs.get(computation, 1),
     )
 
 
-# -------------------------------------------------------------------------------------------------------- structure
-def _instructions(hlo_text: str) -> Iterator[tuple[str, str]]:
-    """Yield (computation, line) of every instruction, without comments."""
-    computation = ""
-    for line in hlo_text.splitlines():
-        if line.startswith(" "):
-            yield computation, _COMMENT.sub("", line)
-        elif head := _COMPUTATION.match(line):
-            computation = head[1]
-
-
-def _looped_computations(hlo_text: str) -> set[str]:
-    """Return the names of the computations that run inside a loop: bodies, and all that they call."""
-    called: dict[str, set[str]] = {}
-    queue: list[str] = []
-    for computation, line in _instructions(hlo_text):
-        for target in _CALLED.findall(line):
-            called.setdefault(computation, set()).update(re.findall(r"[\w.\-]+", target))
-        queue += _BODY.findall(line)
-    looped: set[str] = set()
-    while queue:
-        name = queue.pop()
-        if name not in looped:
-            looped.add(name)
-            queue += called.get(name, ())
-    return looped
-
-
-# ------------------------------------------------------------------------------------------------------------- types
 def _result_type(text: str, kind: CollectiveKind, *, is_start: bool) -> str:
     """Return the part of an instruction's type that is its result."""
     parts = _top_level_parts(text)
@@ -136,10 +110,3 @@ def _top_level_parts(text: str) -> list[str]:
             parts.append(text[start:position].strip())
             start = position + 1
     return [*parts, text[start:-1].strip()]
-
-
-def _array_bytes(dtype: str, dims: str) -> int:
-    """Bytes of an array of type ``dtype[dims]``; types narrower than a byte are packed."""
-    elements = math.prod(int(size.strip("<=")) for size in dims.split(",") if size)
-    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return math.ceil(elements * bits / 8)

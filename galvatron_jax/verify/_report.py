@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..units import GIB, format_gib
-from ._compare import CollectiveRow
+from ._compare import CollectiveRow, LayerShare
 from ._verification import StageCheck, Verification
 
 _MOST_ROWS = 8
@@ -78,8 +78,19 @@ def _row_data(row: CollectiveRow) -> dict[str, Any]:
         "predicted_bytes": row.predicted_bytes,
         "compiled_count": row.compiled_count,
         "compiled_bytes": row.compiled_bytes,
+        "assumed": row.assumed,
+        "estimated_s": row.seconds,
+        "exposed_s": row.exposed_s,
         "layers": [
-            {"layer_kind": s.layer_kind, "phase": s.phase, "count": s.count, "bytes": s.bytes} for s in row.shares
+            {
+                "layer_kind": s.layer_kind,
+                "phase": s.phase,
+                "count": s.count,
+                "bytes": s.bytes,
+                "estimated_s": s.seconds,
+                "exposed_s": s.exposed_s,
+            }
+            for s in row.shares
         ],
     }
 
@@ -132,14 +143,20 @@ def _collective_lines(rows: Sequence[CollectiveRow]) -> Iterator[str]:
     if not rows:
         yield "collectives  none, as predicted"
         return
-    yield f"{'collectives, per GPU and step':<38}{'predicted':>22}{'compiled':>22}"
+    yield f"{'collectives, per GPU and step':<38}{'predicted':>22}{'compiled':>22}{'exposed ms':>20}  assumed"
     for row in rows:
         name = f"{row.kind} over {row.group_size}"
         predicted = _amount(row.predicted_count, row.predicted_bytes) if row.planned else "nobody planned it"
-        yield f"  {name:<36}{predicted:>22}{_amount(row.compiled_count, row.compiled_bytes):>22}"
+        amount = _amount(row.compiled_count, row.compiled_bytes)
+        yield f"  {name:<36}{predicted:>22}{amount:>22}{_exposed(row):>20}  {row.assumed}".rstrip()
         for share in row.shares:
             place = f"{share.layer_kind} {share.phase}".strip()
-            yield f"    {_clean(place):<56}{_amount(share.count, share.bytes):>22}"
+            yield f"    {_clean(place):<56}{_amount(share.count, share.bytes):>22}{_exposed(share):>20}"
+
+
+def _exposed(part: CollectiveRow | LayerShare) -> str:
+    """Milliseconds that the compiled schedule does not hide, of all of them."""
+    return f"{part.exposed_s * 1e3:.1f} of {part.seconds * 1e3:.1f}" if part.seconds else ""
 
 
 def _amount(count: int, size_bytes: int) -> str:

@@ -27,7 +27,7 @@ from ..plan import Plan, StagePrediction, check_plan
 from ..profile import HardwareProfile
 from ._compare import CollectiveRow, compare_collectives
 from ._compile import TIME_LIMIT_S, CompiledStep, compile_plan
-from ._hlo import collectives
+from ._schedule import scheduled_collectives
 
 _CUDNN = "__cudnn"
 """Prefix of the custom calls of cuDNN, attention among them (``__cudnn$fmha``)."""
@@ -116,10 +116,14 @@ def _check_stage(plan: Plan, compiled: CompiledStep, hardware: HardwareProfile) 
         planned_peak_bytes=planned.peak_bytes,
         compiled=compiled,
         collectives=compare_collectives(
-            collectives(compiled.hlo_text),
+            scheduled_collectives(
+                compiled.hlo_text,
+                hardware,
+                devices=plan.stages[0].devices,
+                gpus_per_node=min(plan.cluster.gpus_per_node, plan.stages[0].devices),
+            ),
             predicted,
             devices=plan.stages[0].devices,
-            microbatches=plan.microbatches,
             segments=compiled.segments,
         ),
         budget_bytes=plan.memory_budget_bytes or memory_budget(hardware),

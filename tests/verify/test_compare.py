@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
+
 from galvatron_jax.cost import PlannedCollective
+from galvatron_jax.cost._plan_collectives import Cause
 from galvatron_jax.profile import CollectiveKind
 from galvatron_jax.verify import HloCollective
 from galvatron_jax.verify._compare import CollectiveRow, LayerShare, compare_collectives
+from galvatron_jax.verify._schedule import ScheduledCollective
 
 SEGMENTS = {"embed": "embed", "layers.0": "layers.*", "layers.1": "layers.*"}
 PAIRS = ((0, 1), (2, 3))
@@ -22,14 +28,17 @@ def planned(kind: CollectiveKind, count: int, size_bytes: float, group: int = 2)
     )
 
 
-def compiled(kind: CollectiveKind, size_bytes: int, op_name: str = "", *, in_loop: bool = False) -> HloCollective:
-    return HloCollective(kind, size_bytes, ("f32",), PAIRS, in_loop, op_name)
+def compiled(kind: CollectiveKind, size_bytes: int, op_name: str = "", *, times: int = 1) -> ScheduledCollective:
+    """One that takes 2 s, of which 1 s is exposed."""
+    return scheduled(HloCollective(kind, size_bytes, ("f32",), PAIRS, times > 1, op_name, times))
 
 
-def compare(
-    found: list[HloCollective], foreseen: list[PlannedCollective], microbatches: int = 1
-) -> tuple[CollectiveRow, ...]:
-    return compare_collectives(found, foreseen, devices=4, microbatches=microbatches, segments=SEGMENTS)
+def scheduled(collective: HloCollective) -> ScheduledCollective:
+    return ScheduledCollective(collective, asynchronous=True, products_beside=1, seconds=2.0, exposed_s=1.0)
+
+
+def compare(found: list[ScheduledCollective], foreseen: list[PlannedCollective]) -> tuple[CollectiveRow, ...]:
+    return compare_collectives(found, foreseen, devices=4, segments=SEGMENTS)
 
 
 def test_equal_kinds_and_groups_share_a_row_with_the_layers_of_the_program() -> None:
@@ -44,16 +53,30 @@ def test_equal_kinds_and_groups_share_a_row_with_the_layers_of_the_program() -> 
     assert (row.compiled_count, row.compiled_bytes) == (3, 500)
     assert (row.predicted_count, row.predicted_bytes) == (4, 500)
     assert row.shares == (
-        LayerShare(layer_kind="layers.*", phase="backward", count=1, bytes=300),
-        LayerShare(layer_kind="layers.*", phase="forward", count=2, bytes=200),
+        LayerShare(layer_kind="layers.*", phase="backward", count=1, bytes=300, seconds=2.0, exposed_s=1.0),
+        LayerShare(layer_kind="layers.*", phase="forward", count=2, bytes=200, seconds=4.0, exposed_s=2.0),
     )
 
 
-def test_what_stands_in_the_loop_counts_once_per_microbatch() -> None:
-    (row,) = compare(
-        [compiled("all-gather", 10, in_loop=True), compiled("all-gather", 7)], [planned("all-gather", 4, 37)], 3
-    )
+def test_what_stands_in_a_loop_counts_once_per_turn() -> None:
+    (row,) = compare([compiled("all-gather", 10, times=3), compiled("all-gather", 7)], [planned("all-gather", 4, 37)])
     assert (row.compiled_count, row.compiled_bytes) == (4, 37)
+    assert (row.seconds, row.exposed_s) == (8.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("causes", "assumed"),
+    [
+        ((), ""),
+        (("tensor", "relayout"), "exposed"),
+        (("weights", "gradient"), "hidden"),
+        (("tensor", "weights"), "both"),
+    ],
+)
+def test_row_says_what_the_estimate_assumes(causes: tuple[Cause, ...], assumed: str) -> None:
+    foreseen = [dataclasses.replace(planned("all-gather", 1, 10), cause=cause) for cause in causes]
+    (row,) = compare([compiled("all-gather", 10)], foreseen)
+    assert row.assumed == assumed
 
 
 def test_reduce_scatter_counts_the_whole_array_of_its_group() -> None:
@@ -75,9 +98,9 @@ def test_other_group_size_is_another_row() -> None:
 
 
 def test_instruction_without_groups_is_of_all_devices() -> None:
-    (row,) = compare([HloCollective("all-reduce", 4, ("f32",), (), False, "")], [])
+    (row,) = compare([scheduled(HloCollective("all-reduce", 4, ("f32",), (), False, ""))], [])
     assert row.group_size == 4
 
 
 def test_collective_of_one_device_is_left_out() -> None:
-    assert compare([HloCollective("all-reduce", 4, ("f32",), ((0,), (1,)), False, "")], []) == ()
+    assert compare([scheduled(HloCollective("all-reduce", 4, ("f32",), ((0,), (1,)), False, ""))], []) == ()

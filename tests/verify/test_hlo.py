@@ -124,6 +124,10 @@ ENTRY %main.3 (p: f32[8]) -> f32[8] {
   %all-to-all.3 = f32[8]{0} all-to-all(%y), replica_groups={{0,1}}, dimensions={0}
 }
 """
+    text = text.replace(
+        "condition=%cond, body=%body.2", 'condition=%cond, body=%body.2, x={"known_trip_count":{"n":"7"}}'
+    )
+    assert [c.times for c in collectives(text)] == [7, 7, 1]
     assert [(c.kind, c.in_loop) for c in collectives(text)] == [
         ("all-reduce", True),
         ("all-gather", True),
