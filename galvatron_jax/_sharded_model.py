@@ -115,7 +115,9 @@ class ShardedModel:
 
     @property
     def state(self) -> TrainState:
-        """Parameters, optimizer state, model state and step number, as global arrays.
+        """Parameters, optimizer state, model state and step number, as global arrays in their stored form.
+
+        Runs of layers are stacked there; ``neutral_state`` has the user's own structure.
 
         Raises:
             GalvatronError: no batch has been seen yet.
@@ -129,21 +131,18 @@ class ShardedModel:
 
         Leaves are global arrays of the user's shapes, on the devices where the plan keeps them.
         """
-        return self.state
+        return self._ready_programs().to_user(self.state)
 
     def abstract_state(self) -> TrainState:
         """Return shape, dtype and sharding of each leaf of ``neutral_state`` (``jax.ShapeDtypeStruct``).
 
         Call ``prepare`` first. A checkpoint restored to these needs no further copy.
         """
-        abstract: TrainState = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
-        )
-        return abstract
+        return self._ready_programs().abstract_neutral_state
 
     def restore_state(self, state: TrainState) -> None:
         """Go on from ``state``, a ``neutral_state`` of this model under any plan, placed as ``abstract_state`` says."""
-        self._state = state
+        self._state = self._ready_programs().to_stored(state)
         self._steps = int(state.step)
 
     @property
@@ -154,15 +153,19 @@ class ShardedModel:
     @property
     def model(self) -> nnx.Module:
         """The user's own module with the trained parameters (global arrays, sharded as the plan says)."""
-        state = self.state
-        assert self._programs is not None, "a state comes with its programs"
-        graph = self._programs.model.analysis.trace.graph
+        programs, state = self._ready_programs(), self.neutral_state()
+        graph = programs.model.share.analysis.trace.graph
         copy: nnx.Module = nnx.merge(graph, *jax.tree.map(lambda x: x.copy(), (state.parameters, state.model_state)))
         return copy
 
     def explain(self) -> str:
         """Return the plan as text: what runs where, and what it should cost."""
         return describe_plan(self.plan)
+
+    def _ready_programs(self) -> StagePrograms:
+        if self._programs is None:
+            raise GalvatronError("there is no state yet", action="call prepare(batch) or step(batch) first")
+        return self._programs
 
     def _ready(self, batch: Any) -> StagePrograms:
         self.prepare(batch)

@@ -6,6 +6,8 @@ from ._cut import Segment as Segment
 from ._dimensions import Rule as Rule
 from ._dimensions import Value as Value
 from ._dimensions import register_rule as register_rule
+from ._flatten import Equation as Equation
+from ._flatten import Program as Program
 from ._flatten import Variable as Variable
 from ._jaxpr import run_equation as run_equation
 from ._marks import Loss as Loss
@@ -15,3 +17,4 @@ from ._primitives import is_kernel_name as is_kernel_name
 from ._profile import AnalysedKind as AnalysedKind
 from ._profile import Analysis as Analysis
 from ._profile import analyse_model as analyse_model
+from ._profile import trained_variables as trained_variables

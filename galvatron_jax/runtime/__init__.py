@@ -6,7 +6,12 @@ from ._guard import step_metrics as step_metrics
 from ._layout import LayerLayout as LayerLayout
 from ._mesh import StageMesh as StageMesh
 from ._mesh import stage_mesh as stage_mesh
-from ._model import PlannedModel as PlannedModel
+from ._model import StageModel as StageModel
+from ._model import StageResults as StageResults
 from ._model import plan_model as plan_model
+from ._model import plan_stages as plan_stages
+from ._share import Crossing as Crossing
+from ._share import StageShare as StageShare
+from ._slots import Slot as Slot
 from ._step import StagePrograms as StagePrograms
 from ._step import TrainState as TrainState

@@ -1,4 +1,21 @@
-"""The whole model under a one-stage plan, as a pure function of flat leaves; and where each leaf lives.
+"""A stage's share of the model under its plan, as a pure function of arrays; and where each array lives.
+
+This is what every program of the runtime is built from: the one-stage train step and the programs of a pipeline. A
+stage is a contiguous range of the cut program's segments on its own mesh; a one-stage plan is the range of all.
+
+    stage = plan_stages(analysis, plan, meshes)[k]
+
+    run         (parameters, state, batch, arriving) -> (leaving, loss or None, state)       pure, differentiable
+    parameters  one stored array per ``stage.slots`` entry: a leaf of the user's tree, or the same leaf of a run of
+                layers stacked. A leaf that several stages hold (tied) is a slot of its own on each; the sum of their
+                gradients is its gradient.
+    state       the model-state leaves ``stage.share.state``
+    batch       the leaves ``stage.share.batch`` of one microbatch
+    arriving    the values ``stage.share.arriving`` on the wire (``arriving_shardings``); ``leaving`` likewise, equal in
+                order, shape, dtype and spec to ``arriving`` of the stage after. Those without ``Crossing.gradient``
+                have no cotangent.
+
+``vjp`` of ``run`` with respect to (parameters, arriving values with a gradient) is the backward pass.
 
 Between two layers the stream is put into the layout of the next layer, before rematerialisation begins: what a layer
 keeps of its input is in its own layout, and no layout changes twice. Where an axis leaves the sequence for the batch
@@ -10,113 +27,269 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import msgspec
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..analysis import Analysis, Variable
+from ..analysis import Analysis, Variable, run_equation
 from ..plan import Plan, Strategy
 from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
-from ._order import after_gradients, has_gradient
+from ._order import after_gradients, has_gradient, place_gradients
+from ._runs import Run, find_runs
 from ._segment import SegmentFunction, build_segment, is_array
+from ._share import Crossing, StageShare, program_leaves, share_out
+from ._slots import Slot, make_slots
+from ._wire import wire_spec
+
+Environment = dict[Variable, Any]
+
+
+class StageResults(NamedTuple):
+    """What a stage computes from one microbatch."""
+
+    leaving: list[Any]
+    """The values ``share.leaving``, on the wire."""
+    loss: Any
+    """The loss, a scalar in the user's dtype; None on all stages but the last."""
+    state: list[Any]
+    """New values of the model-state leaves ``share.state``."""
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedModel:
-    """An analysed model with a layout for every segment."""
+class StageModel:
+    """One stage's share of an analysed model, with a layout for every segment (see the module docstring)."""
 
-    analysis: Analysis
-    stage: StageMesh
+    share: StageShare
+    mesh: StageMesh
     layouts: tuple[LayerLayout, ...]
-    """One per segment, in order; equal (kind, strategy) share one object."""
+    """One per segment of the share, in order; equal (kind, strategy) share one object."""
 
-    def run(self, leaves: Sequence[Any]) -> list[Any]:
-        """Run the program: leaves of (parameters, state, batch) to (loss, leaves of the new state)."""
-        program = self.analysis.cut.source
-        environment: dict[Variable, Any] = dict(zip(program.inputs, leaves, strict=True))
-        environment.update(program.constants)
+    # ------------------------------------------------------------------------------------------------------- running
+    def run(
+        self, parameters: Sequence[Any], state: Sequence[Any], batch: Sequence[Any], arriving: Sequence[Any] = ()
+    ) -> StageResults:
+        """Run the stage on one microbatch; see the module docstring for the arguments."""
+        environment, stacked = self._environment(parameters, state, batch, arriving)
         before: dict[Variable, LayerLayout] = {}
-        for position, (segment, layout) in enumerate(zip(self.analysis.cut.segments, self.layouts, strict=True)):
-            self._order_gradients(environment, position, before)
-            inputs = [arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
-            with jax.named_scope(segment.name):  # so that compiled programs say which layer an operation is of
-                results = self._functions[id(layout)](inputs)
-            for variable, result, value in zip(segment.outputs, results, layout.kind.layer.outputs, strict=True):
-                placed = jax.lax.with_sharding_constraint(result, layout.value(value)) if result.ndim else result
-                environment[variable] = placed
-                before[variable] = layout
-        return [v.val if isinstance(v, Literal) else environment[v] for v in program.outputs]
+        for number, run in enumerate(self.runs):
+            if run.is_scanned:
+                self._scan(run, environment, stacked, before)
+            else:
+                self._order_gradients(environment, number, before)
+                self._run_segment(run, environment, before)
+        program = self.share.analysis.cut.source
+        leaving = [self._to_wire(environment[c.variable], c) for c in self.share.leaving]
+        loss = _read(environment, program.outputs[0]) if self.share.makes_loss else None
+        return StageResults(leaving, loss, [_read(environment, program.outputs[1 + i]) for i in self.share.state])
 
-    def shardings(self, role: Role) -> list[NamedSharding]:
-        """Return where each parameter leaf (or its gradient, or its optimizer state) lives.
+    def _environment(
+        self, parameters: Sequence[Any], state: Sequence[Any], batch: Sequence[Any], arriving: Sequence[Any]
+    ) -> tuple[Environment, dict[int, Any]]:
+        """Return what is known before the first segment runs, and the stacked parameters by their first leaf."""
+        share, leaves = self.share, program_leaves(self.share.analysis)
+        environment: Environment = dict(share.analysis.cut.source.constants)
+        stacked: dict[int, Any] = {}
+        for slot, array in zip(self.slots, parameters, strict=True):
+            if slot.is_stacked:
+                stacked[slot.leaves[0]] = array
+            else:
+                environment[leaves.parameters[slot.leaves[0]]] = array
+        environment.update(zip([leaves.state[i] for i in share.state], state, strict=True))
+        environment.update(zip([leaves.batch[i] for i in share.batch], batch, strict=True))
+        environment.update(zip([c.variable for c in share.arriving], arriving, strict=True))
+        for equation in share.remade:
+            results = run_equation(equation.eqn, [_read(environment, v) for v in equation.inputs])
+            environment.update(zip(equation.outputs, results, strict=True))
+        return environment, stacked
 
-        A parameter that several segments read lives where the first of them wants it.
-        """
-        inputs = self.analysis.cut.source.inputs[: len(self.analysis.trace.paths)]
-        places: dict[Variable, NamedSharding] = {}
-        for segment, layout in zip(self.analysis.cut.segments, self.layouts, strict=True):
-            for position, index in enumerate(layout.kind.layer.parameters):
-                places.setdefault(segment.inputs[index], layout.stored(position, role))
-        return [places.get(variable, self.stage.replicated) for variable in inputs]
+    def _run_segment(self, run: Run, environment: Environment, before: dict[Variable, LayerLayout]) -> None:
+        (segment,), layout = run.segments, run.layout
+        inputs = [arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
+        with jax.named_scope(segment.name):  # so that compiled programs say which layer an operation is of
+            results = self._functions[id(layout), False](inputs)
+        for variable, result, value in zip(segment.outputs, results, layout.kind.layer.outputs, strict=True):
+            environment[variable] = _placed(result, layout.value(value))
+            before[variable] = layout
 
-    def batch_shardings(self, *, microbatched: bool) -> list[NamedSharding]:
-        """Return where each batch leaf is fed: dimension 0 over the data axes of the first segment that reads it.
-
-        Args:
-            microbatched: Leaves have a leading microbatch dimension.
-        """
-        leaves = len(jax.tree.leaves(self.analysis.trace.batch))
-        places = []
-        for variable in self.analysis.cut.source.inputs[-leaves:]:
-            readers = [
-                layout
-                for segment, layout in zip(self.analysis.cut.segments, self.layouts, strict=True)
-                if variable in segment.inputs
-            ]
-            axes = self.stage.data_axes(readers[0].strategy) if readers and variable.aval.ndim else ()
-            entry = (axes,) if axes else (None,) if variable.aval.ndim else ()
-            places.append(self.stage.sharding(PartitionSpec(*([None] if microbatched else []), *entry)))
-        return places
-
-    def _order_gradients(
-        self, environment: dict[Variable, Any], position: int, before: Mapping[Variable, LayerLayout]
+    def _scan(
+        self,
+        run: Run,
+        environment: Environment,
+        stacked: dict[int, Any],
+        before: dict[Variable, LayerLayout],
     ) -> None:
-        """Let the cotangents of a layer's inputs wait for the gradients of the layer after it (see ``_order``)."""
-        segments = self.analysis.cut.segments
-        taken = [v for v in segments[position].inputs if v in before and has_gradient(environment[v])]
-        if not taken or position + 1 == len(segments):
+        """Run a loop over the layers of ``run``; named after its first layer."""
+        layout, head, last = run.layout, run.segments[0], run.segments[-1]
+        leaf_of = {v: i for i, v in enumerate(program_leaves(self.share.analysis).parameters)}
+        weights, carried, each = run.inputs_of("stacked"), run.inputs_of("carried"), run.inputs_of("each")
+        start = [arrive(environment[head.inputs[i]], before.get(head.inputs[i]), layout, i) for i in carried]
+        shared = {
+            i: arrive(environment[head.inputs[i]], before.get(head.inputs[i]), layout, i)
+            for i in run.inputs_of("shared")
+        }
+        rows = {i: stacked[leaf_of[head.inputs[i]]] for i in weights}
+        rows |= {i: jnp.stack([environment[segment.inputs[i]] for segment in run.segments]) for i in each}
+        escaping = run.escaping(self._read_outside(run))
+        places = [layout.stored(layout.kind.layer.parameters.index(i), "gradient") for i in weights]
+
+        def layer(carry: list[Any], row: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+            placed = place_gradients([row[i] for i in weights], places)
+            own = {i: arrive(row[i], before.get(head.inputs[i]), layout, i) for i in each}
+            known = {
+                **shared,
+                **own,
+                **dict(zip(weights, placed, strict=True)),
+                **dict(zip(carried, carry, strict=True)),
+            }
+            results = self._functions[id(layout), True]([known[i] for i in range(len(head.inputs))])
+            results = [_placed(r, layout.value(v)) for r, v in zip(results, layout.kind.layer.outputs, strict=True)]
+            return [results[run.feeds[i].output] for i in carried], [results[o] for o in escaping]
+
+        with jax.named_scope(head.name):
+            final, collected = jax.lax.scan(layer, start, rows)
+        for o, column in zip(escaping, collected, strict=True):
+            environment.update((segment.outputs[o], column[row]) for row, segment in enumerate(run.segments))
+        environment.update((last.outputs[run.feeds[i].output], value) for i, value in zip(carried, final, strict=True))
+        before.update((variable, layout) for segment in run.segments for variable in segment.outputs)
+
+    def _order_gradients(self, environment: Environment, number: int, before: dict[Variable, LayerLayout]) -> None:
+        """Let the cotangents of a segment's inputs wait for the gradients of the one after it (see ``_order``).
+
+        A loop needs none of this: its gradients are finished when it is.
+        """
+        if number + 1 == len(self.runs) or self.runs[number + 1].is_scanned:
             return
-        later, layout = segments[position + 1], self.layouts[position + 1]
+        (segment,), (later,), layout = (
+            self.runs[number].segments,
+            self.runs[number + 1].segments,
+            self.runs[number + 1].layout,
+        )
+        taken = [v for v in segment.inputs if v in before and has_gradient(environment[v])]
         read = [later.inputs[index] for index in layout.kind.layer.parameters]
         parameters = [v for v in read if has_gradient(environment[v])]
+        if not taken:
+            return
         places = [self._gradient_places[v] for v in parameters]
         values, held = after_gradients([environment[v] for v in taken], [environment[v] for v in parameters], places)
         environment.update(zip(taken + parameters, values + held, strict=True))
 
+    # -------------------------------------------------------------------------------------------------------- places
+    @functools.cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """The stored parameter arrays, in order."""
+        variables = program_leaves(self.share.analysis).parameters
+        return make_slots(self.mesh, self.runs, self.share.parameters, variables)
+
+    def parameter_shardings(self, role: Role) -> list[NamedSharding]:
+        """Return where each stored array (or its gradient, or its optimizer state) lives."""
+        return [slot.sharding(role) for slot in self.slots]
+
+    @property
+    def state_shardings(self) -> list[NamedSharding]:
+        """Model state is small and stands whole on every device."""
+        return [self.mesh.replicated] * len(self.share.state)
+
+    def batch_shardings(self, *, microbatched: bool = False) -> list[NamedSharding]:
+        """Return where each leaf of ``share.batch`` is fed: dimension 0 over the data axes of its first reader.
+
+        Args:
+            microbatched: Leaves have a leading microbatch dimension.
+        """
+        return [self._batch_sharding(leaf, microbatched) for leaf in self.share.batch]
+
+    @functools.cached_property
+    def arriving_shardings(self) -> list[NamedSharding]:
+        """Where the values ``share.arriving`` stand when they enter: on the wire."""
+        return [self._wire(crossing) for crossing in self.share.arriving]
+
+    @functools.cached_property
+    def leaving_shardings(self) -> list[NamedSharding]:
+        """Where the values ``share.leaving`` stand when they leave: on the wire."""
+        return [self._wire(crossing) for crossing in self.share.leaving]
+
+    def _batch_sharding(self, leaf: int, microbatched: bool) -> NamedSharding:
+        variable = program_leaves(self.share.analysis).batch[leaf]
+        if not variable.aval.ndim:
+            return self.mesh.replicated
+        pairs = zip(self.share.segments, self.layouts, strict=True)
+        first = next((layout for segment, layout in pairs if variable in segment.inputs), self.layouts[0])
+        axes = self.mesh.data_axes(first.strategy) or None
+        return self.mesh.sharding(PartitionSpec(*[None] * microbatched, axes))
+
+    def _wire(self, crossing: Crossing) -> NamedSharding:
+        analysis = self.share.analysis
+        kind = analysis.kinds[analysis.cut.segments[crossing.maker].kind]
+        return self.mesh.sharding(wire_spec(self.mesh, kind, kind.layer.outputs[crossing.output]))
+
+    def _to_wire(self, value: Any, crossing: Crossing) -> Any:
+        return _placed(value, self._wire(crossing))
+
+    # -------------------------------------------------------------------------------------------------------- pieces
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The segments as loops and single layers."""
+        cut = self.share.analysis.cut
+        variables = program_leaves(self.share.analysis).parameters
+        return find_runs(self.share.first, self.share.segments, self.layouts, variables, cut.segments)
+
+    def _read_outside(self, run: Run) -> set[Variable]:
+        cut = self.share.analysis.cut
+        inside = {id(segment) for segment in run.segments}
+        read = {v for segment in cut.segments if id(segment) not in inside for v in segment.inputs}
+        return read | {v for v in cut.source.outputs if isinstance(v, Variable)}
+
     @functools.cached_property
     def _gradient_places(self) -> dict[Variable, NamedSharding]:
-        parameters = self.analysis.cut.source.inputs[: len(self.analysis.trace.paths)]
-        return dict(zip(parameters, self.shardings("gradient"), strict=True))
+        variables = program_leaves(self.share.analysis).parameters
+        return {variables[s.leaves[0]]: s.sharding("gradient") for s in self.slots if not s.is_stacked}
 
     @functools.cached_property
-    def _functions(self) -> dict[int, SegmentFunction]:
-        return {id(layout): build_segment(layout) for layout in self.layouts}
+    def _functions(self) -> dict[tuple[int, bool], SegmentFunction]:
+        return {
+            (id(run.layout), run.is_scanned): build_segment(run.layout, in_loop=run.is_scanned) for run in self.runs
+        }
 
 
-def plan_model(analysis: Analysis, plan: Plan, stage: StageMesh) -> PlannedModel:
-    """Give every segment of ``analysis`` its layout under a one-stage plan."""
+def plan_stages(analysis: Analysis, plan: Plan, meshes: Sequence[StageMesh]) -> tuple[StageModel, ...]:
+    """Give every stage of ``plan`` its share of the analysed program and its layouts.
+
+    Args:
+        analysis: The model, analysed at the shape of one microbatch.
+        plan: Checked against the analysis (``check_plan``).
+        meshes: Of each stage, in layer order; stages on one slice of devices (chunks) share a mesh.
+
+    Raises:
+        UnsupportedError: the model's state cannot be shared out so.
+    """
+    shares = share_out(analysis, [stage.layer_count for stage in plan.stages])
+    return tuple(
+        StageModel(share, mesh, _layouts(analysis, share, stage.layers(), mesh))
+        for share, stage, mesh in zip(shares, plan.stages, meshes, strict=True)
+    )
+
+
+def plan_model(analysis: Analysis, plan: Plan, mesh: StageMesh) -> StageModel:
+    """Return the only stage of a one-stage plan."""
+    (stage,) = plan_stages(analysis, plan, [mesh])
+    return stage
+
+
+def _layouts(
+    analysis: Analysis, share: StageShare, layers: Iterable[tuple[str, Strategy]], mesh: StageMesh
+) -> tuple[LayerLayout, ...]:
     known: dict[tuple[str, Strategy], LayerLayout] = {}
     layouts = []
-    for segment, (_, strategy) in zip(analysis.cut.segments, plan.layers(), strict=True):
+    for segment, (_, strategy) in zip(share.segments, layers, strict=True):
         key = (segment.kind, strategy)
-        known.setdefault(key, LayerLayout(analysis.kinds[segment.kind], strategy, stage))
+        known.setdefault(key, LayerLayout(analysis.kinds[segment.kind], strategy, mesh))
         layouts.append(known[key])
-    return PlannedModel(analysis, stage, tuple(layouts))
+    return tuple(layouts)
 
 
 def arrive(value: Any, before: LayerLayout | None, layout: LayerLayout, index: int) -> Any:
@@ -148,3 +321,11 @@ def strategy_between(before: Strategy, after: Strategy) -> Strategy | None:
     if wide.sp and not narrow.sp and 1 < narrow.tp < wide.tp:
         return msgspec.structs.replace(narrow, sp=True)
     return None
+
+
+def _placed(value: Any, place: NamedSharding) -> Any:
+    return jax.lax.with_sharding_constraint(value, place) if value.ndim else value
+
+
+def _read(environment: Environment, atom: Any) -> Any:
+    return atom.val if isinstance(atom, Literal) else environment[atom]

@@ -29,18 +29,23 @@ SegmentFunction = Callable[[Sequence[Any]], list[Any]]
 """From the segment's inputs to its outputs."""
 
 
-def build_segment(layout: LayerLayout) -> SegmentFunction:
+def build_segment(layout: LayerLayout, *, in_loop: bool = False) -> SegmentFunction:
     """Return the segment of ``layout.kind`` as a function under the layout's strategy.
 
     It takes its inputs where they are: the caller puts all but the parameters into the layer's layout.
+
+    Args:
+        layout: The segment's kind and strategy.
+        in_loop: It is the body of a loop, so forward and backward pass are loops of their own, and nothing needs to
+            keep the compiler from merging what is computed in both.
     """
 
     def run(inputs: Sequence[Any]) -> list[Any]:
         return _run_equations(layout, _place_weights(layout, inputs))
 
     if layout.strategy.remat == "full":
-        return jax.checkpoint(run, policy=jax.checkpoint_policies.nothing_saveable)
-    return jax.checkpoint(run, policy=_keep_kernel_results)
+        return jax.checkpoint(run, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not in_loop)
+    return jax.checkpoint(run, policy=_keep_kernel_results, prevent_cse=not in_loop)
 
 
 def _keep_kernel_results(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -3,13 +3,16 @@
 One train step is one ``jax.jit``: a scan over microbatches of ``value_and_grad``, gradients accumulated in their zero-2
 layout, then the optimizer update in the zero-1 layout, parameters back in the zero-3 layout. A step that is not finite
 leaves the update out (``_guard``). The state is donated.
+
+A ``TrainState`` here is the *stored* state: parameters are the arrays of the stage's slots (runs of layers stacked).
+``to_user`` and ``to_stored`` go between it and the *neutral* state, whose trees are the user's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,18 +22,20 @@ from jax.sharding import NamedSharding
 
 from ._guard import StepMetrics, guarded, step_metrics
 from ._layout import Role
-from ._model import PlannedModel
+from ._model import StageModel
+from ._slots import Slot, abstract_stored, to_stored, to_user
+from ._stored_optimizer import StoredOptimizer
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes, as pytrees of global arrays."""
 
     parameters: Any
-    """Trained leaves, in the structure of the user's model."""
+    """Neutral: trained leaves, in the structure of the user's model. Stored: one array per slot."""
     optimizer: Any
-    """Optax state."""
+    """Optax state over the parameters."""
     model_state: Any
-    """All other leaves of the model (RNG counters, statistics)."""
+    """All other leaves of the model (RNG counters, statistics), in the user's structure."""
     step: Any
     """int32 scalar: steps so far."""
 
@@ -39,31 +44,46 @@ class TrainState(NamedTuple):
 class StagePrograms:
     """Programs of one planned model under one optimizer."""
 
-    model: PlannedModel
+    model: StageModel
     optimizer: optax.GradientTransformation
     microbatches: int
 
+    # --------------------------------------------------------------------------------------------------------- state
+    @functools.cached_property
+    def stored_optimizer(self) -> StoredOptimizer:
+        """The optimizer over stored arrays."""
+        return StoredOptimizer(self.optimizer, self.model.share.analysis.trace.parameters, self.model.slots)
+
     @functools.cached_property
     def state_shardings(self) -> TrainState:
-        """Where each leaf of the state lives."""
-        trace, whole = self.model.analysis.trace, self.model.stage.replicated
-        abstract = jax.eval_shape(self.optimizer.init, trace.parameters)
-        optimizer = optax.tree_map_params(
-            self.optimizer,
-            lambda _, place: place,
-            abstract,
-            self._tree("optimizer"),
-            transform_non_params=lambda _: whole,
-        )
+        """Where each leaf of the stored state lives."""
+        places: TrainState = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        return places
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """Shape, dtype and place of each leaf of the stored state."""
+        whole, trace = self.model.mesh.replicated, self.model.share.analysis.trace
         return TrainState(
-            parameters=self._tree("parameter"),
-            optimizer=optimizer,
-            model_state=jax.tree.map(lambda _: whole, trace.state),
-            step=whole,
+            parameters=abstract_stored(self.model.slots, jax.tree.leaves(trace.parameters), "parameter"),
+            optimizer=self.stored_optimizer.abstract_state,
+            model_state=jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), trace.state),
+            step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        )
+
+    @functools.cached_property
+    def abstract_neutral_state(self) -> TrainState:
+        """Shape, dtype and place of each leaf of the neutral state: where the plan keeps it, layer by layer."""
+        stored, trace = self.abstract_state, self.model.share.analysis.trace
+        places = {leaf: slot.leaf_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}
+        leaves, structure = jax.tree.flatten(trace.parameters)
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[i]) for i, x in enumerate(leaves)]
+        return stored._replace(
+            parameters=jax.tree.unflatten(structure, placed), optimizer=self.stored_optimizer.abstract_user_state
         )
 
     def create(self, build: Callable[[], tuple[Any, Any]]) -> TrainState:
-        """Build the state under jit, so that each device only ever holds its own shards.
+        """Build the stored state under jit, so that each device only ever holds its own shards.
 
         Args:
             build: Returns (parameters, model state) with fresh values; runs inside the jit.
@@ -71,7 +91,7 @@ class StagePrograms:
 
         def fresh() -> TrainState:
             parameters, state = build()
-            return TrainState(parameters, self.optimizer.init(parameters), state, jnp.zeros((), jnp.int32))
+            return self._fresh_state(self._stored_parameters(parameters), state)
 
         state: TrainState = jax.jit(fresh, out_shardings=self.state_shardings)()
         return state
@@ -79,26 +99,38 @@ class StagePrograms:
     def adopt(self, parameters: Any, model_state: Any) -> TrainState:
         """Place existing values; copies, so that the caller's arrays are never donated."""
         places = self.state_shardings
-        parameters = jax.tree.map(_copied, parameters, places.parameters)
+        leaves = jax.tree.leaves(parameters)
+        stored = [_stored_copy(slot, [leaves[leaf] for leaf in slot.leaves]) for slot in self.model.slots]
         model_state = jax.tree.map(_copied, model_state, places.model_state)
-        optimizer = jax.jit(self.optimizer.init, out_shardings=places.optimizer)(parameters)
-        return TrainState(parameters, optimizer, model_state, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+        optimizer = jax.jit(self.stored_optimizer.init, out_shardings=places.optimizer)(stored)
+        return TrainState(stored, optimizer, model_state, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+
+    @functools.cached_property
+    def to_user(self) -> Callable[[TrainState], TrainState]:
+        """The compiled function from the stored state to the neutral one."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_neutral_state)
+        return jax.jit(self._neutral, in_shardings=(self.state_shardings,), out_shardings=places)
+
+    @functools.cached_property
+    def to_stored(self) -> Callable[[TrainState], TrainState]:
+        """The compiled function from a neutral state, placed as ``abstract_neutral_state`` says, to the stored one."""
+        return jax.jit(self._stored, out_shardings=self.state_shardings)
 
     def place_batch(self, leaves: list[Any]) -> list[Any]:
         """Put the leaves of a global batch on the devices; several microbatches become a leading dimension."""
         split = [self._split(leaf) for leaf in leaves]
-        places = self.model.batch_shardings(microbatched=self.microbatches > 1)
-        placed: list[Any] = jax.device_put(split, places)
+        placed: list[Any] = jax.device_put(split, self._batch_shardings)
         return placed
 
+    # ------------------------------------------------------------------------------------------------------ programs
     @functools.cached_property
     def train(self) -> Callable[[TrainState, list[Any]], tuple[TrainState, StepMetrics]]:
         """The compiled train step: (state, batch leaves) to (new state, metrics)."""
         places = self.state_shardings
         return jax.jit(
             self._train,
-            in_shardings=(places, self.model.batch_shardings(microbatched=self.microbatches > 1)),
-            out_shardings=(places, self.model.stage.replicated),  # the second one for all metrics
+            in_shardings=(places, self._batch_shardings),
+            out_shardings=(places, self.model.mesh.replicated),  # the second one for all metrics
             donate_argnums=0,
         )
 
@@ -107,17 +139,17 @@ class StagePrograms:
         """The compiled loss of a batch, without update: (state, batch leaves) to mean loss."""
         return jax.jit(
             lambda state, batch: self._mean_loss(state, batch),
-            in_shardings=(self.state_shardings, self.model.batch_shardings(microbatched=self.microbatches > 1)),
-            out_shardings=self.model.stage.replicated,
+            in_shardings=(self.state_shardings, self._batch_shardings),
+            out_shardings=self.model.mesh.replicated,
         )
 
     @functools.cached_property
-    def gradients(self) -> Callable[[TrainState, list[Any]], tuple[jax.Array, Any]]:
-        """The compiled (mean loss, gradients) of a batch: the train step without the update."""
+    def gradients(self) -> Callable[[TrainState, list[Any]], tuple[jax.Array, list[Any]]]:
+        """The compiled (mean loss, gradient of each slot) of a batch: the train step without the update."""
         return jax.jit(
             lambda state, batch: self._loss_and_gradients(state, batch)[:2],
-            in_shardings=(self.state_shardings, self.model.batch_shardings(microbatched=self.microbatches > 1)),
-            out_shardings=(self.model.stage.replicated, self._tree("gradient")),
+            in_shardings=(self.state_shardings, self._batch_shardings),
+            out_shardings=(self.model.mesh.replicated, self.model.parameter_shardings("gradient")),
         )
 
     # ------------------------------------------------------------------------------------------------ traced functions
@@ -126,14 +158,13 @@ class StagePrograms:
         gradients = self._constrain(gradients, "optimizer")
         parameters = self._constrain(state.parameters, "optimizer")
         metrics = step_metrics(loss, gradients)
-        updates, optimizer = self.optimizer.update(gradients, state.optimizer, parameters)
-        updated = optax.apply_updates(parameters, updates)
+        updated, optimizer = self.stored_optimizer.update(gradients, state.optimizer, parameters)
         before = (parameters, state.optimizer, state.model_state)
         parameters, optimizer, model_state = guarded(metrics.finite, (updated, optimizer, model_state), before)
         parameters = self._constrain(parameters, "optimizer")
         return TrainState(parameters, optimizer, model_state, state.step + 1), metrics
 
-    def _loss_and_gradients(self, state: TrainState, batch: list[Any]) -> tuple[jax.Array, Any, Any]:
+    def _loss_and_gradients(self, state: TrainState, batch: list[Any]) -> tuple[jax.Array, list[Any], Any]:
         grad = jax.value_and_grad(self._loss, has_aux=True)
         if self.microbatches == 1:
             (loss, model_state), gradients = grad(state.parameters, state.model_state, batch)
@@ -157,24 +188,55 @@ class StagePrograms:
         losses = jax.lax.map(lambda mb: self._loss(state.parameters, state.model_state, mb)[0], batch)
         return jnp.mean(losses)
 
-    def _loss(self, parameters: Any, model_state: Any, batch: list[Any]) -> tuple[jax.Array, Any]:
-        leaves = [*jax.tree.leaves(parameters), *jax.tree.leaves(model_state), *batch]
-        loss, *new_state = self.model.run(leaves)
-        return loss.astype(jnp.float32), jax.tree.unflatten(jax.tree.structure(model_state), new_state)
+    def _loss(self, parameters: list[Any], model_state: Any, batch: list[Any]) -> tuple[jax.Array, Any]:
+        leaves, structure = jax.tree.flatten(model_state)
+        share = self.model.share
+        results = self.model.run(parameters, [leaves[i] for i in share.state], [batch[i] for i in share.batch])
+        return results.loss.astype(jnp.float32), jax.tree.unflatten(structure, results.state)
+
+    def _fresh_state(self, parameters: list[Any], model_state: Any) -> TrainState:
+        return TrainState(parameters, self.stored_optimizer.init(parameters), model_state, jnp.zeros((), jnp.int32))
+
+    def _stored_parameters(self, parameters: Any) -> list[Any]:
+        return to_stored(self.model.slots, dict(enumerate(jax.tree.leaves(parameters))))
+
+    def _neutral(self, state: TrainState) -> TrainState:
+        leaves = to_user(self.model.slots, state.parameters)
+        structure = jax.tree.structure(self.model.share.analysis.trace.parameters)
+        parameters = jax.tree.unflatten(structure, [leaves[i] for i in range(len(leaves))])
+        return state._replace(parameters=parameters, optimizer=self.stored_optimizer.to_user(state.optimizer))
+
+    def _stored(self, state: TrainState) -> TrainState:
+        parameters = self._stored_parameters(state.parameters)
+        return state._replace(parameters=parameters, optimizer=self.stored_optimizer.to_stored(state.optimizer))
 
     # --------------------------------------------------------------------------------------------------------- places
-    def _tree(self, role: Role) -> Any:
-        """Places of the parameters (or gradients, or optimizer moments) in the parameters' structure."""
-        structure = jax.tree.structure(self.model.analysis.trace.parameters)
-        return jax.tree.unflatten(structure, self.model.shardings(role))
+    @functools.cached_property
+    def _batch_shardings(self) -> list[NamedSharding]:
+        """Places of all batch leaves; those that nobody reads stand whole on every device."""
+        places = dict(
+            zip(self.model.share.batch, self.model.batch_shardings(microbatched=self.microbatches > 1), strict=True)
+        )
+        leaves = len(jax.tree.leaves(self.model.share.analysis.trace.batch))
+        return [places.get(i, self.model.mesh.replicated) for i in range(leaves)]
 
-    def _constrain(self, tree: Any, role: Role) -> Any:
-        return jax.lax.with_sharding_constraint(tree, self._tree(role))
+    def _constrain(self, arrays: Sequence[Any], role: Role) -> list[Any]:
+        placed: list[Any] = jax.lax.with_sharding_constraint(list(arrays), self.model.parameter_shardings(role))
+        return placed
 
     def _split(self, leaf: Any) -> Any:
         if self.microbatches == 1 or not getattr(leaf, "ndim", 0):
             return leaf
         return leaf.reshape(self.microbatches, leaf.shape[0] // self.microbatches, *leaf.shape[1:])
+
+
+def _stored_copy(slot: Slot, leaves: Sequence[Any]) -> jax.Array:
+    """Return one stored array with the values of the user's ``leaves``; slot by slot, so that two copies never add up."""
+    parts = [_copied(leaf, slot.leaf_sharding("parameter")) for leaf in leaves]
+    if not slot.is_stacked:
+        return parts[0]
+    stacked: jax.Array = jax.jit(lambda parts: jnp.stack(parts), out_shardings=slot.sharding("parameter"))(parts)
+    return stacked
 
 
 def _copied(value: Any, place: NamedSharding) -> jax.Array:

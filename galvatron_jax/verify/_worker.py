@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import msgspec
-import optax
 from jax.experimental import topologies
 
 from ..analysis import Analysis, analyse_model
 from ..errors import GalvatronError
 from ..plan import Plan, check_plan
-from ..runtime import StagePrograms, TrainState, plan_model, stage_mesh
+from ..runtime import StagePrograms, plan_model, stage_mesh
 from ._exchange import CompileAnswer, CompiledMemory, CompileRequest, Failure
 from ._subject import load_subject, stand_in_optimizer
 
@@ -80,14 +78,8 @@ def _lower(analysis: Analysis, plan: Plan, target: str) -> jax.stages.Lowered:
     planned = plan_model(analysis, plan, stage_mesh(plan.cluster, topology.devices))
     programs = StagePrograms(planned, stand_in_optimizer(plan), plan.microbatches)
     train: Any = programs.train  # a jitted function: ``Callable`` hides ``lower``
-    lowered: jax.stages.Lowered = train.lower(_abstract_state(analysis, programs.optimizer), _batch(analysis, plan))
+    lowered: jax.stages.Lowered = train.lower(programs.abstract_state, _batch(analysis, plan))
     return lowered
-
-
-def _abstract_state(analysis: Analysis, optimizer: optax.GradientTransformation) -> TrainState:
-    trace = analysis.trace
-    moments = jax.eval_shape(optimizer.init, trace.parameters)
-    return TrainState(trace.parameters, moments, trace.state, jax.ShapeDtypeStruct((), jnp.int32))
 
 
 def _batch(analysis: Analysis, plan: Plan) -> list[jax.ShapeDtypeStruct]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -16,6 +15,7 @@ from galvatron_jax.analysis import Analysis, analyse_model
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import Plan, PlanRun, Remat, Stage, Strategy, check_plan, model_reference
 from galvatron_jax.runtime import StagePrograms, TrainState, plan_model, stage_mesh
+from galvatron_jax.runtime._slots import to_user
 from tests.support.small_models import SmallModel, small_llama
 
 DEVICES = 8
@@ -66,12 +66,15 @@ class Planned:
         """A batch on all devices."""
         return self.programs.place_batch(jax.tree.leaves(batch))
 
+    def user_tree(self, arrays: Sequence[Any]) -> Any:
+        """Arrays of the slots as the tree of the user's parameters."""
+        leaves = to_user(self.programs.model.slots, arrays)
+        structure = jax.tree.structure(self.analysis.trace.parameters)
+        return jax.tree.unflatten(structure, [leaves[i] for i in range(len(leaves))])
+
     def compiled_gradients(self) -> str:
         """HLO text of the compiled gradient program."""
-        trace = self.analysis.trace
-        optimizer = jax.eval_shape(self.programs.optimizer.init, trace.parameters)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        state = TrainState(trace.parameters, optimizer, trace.state, step)
+        state = self.programs.abstract_state
         batch = [self._abstract(leaf) for leaf in jax.tree.leaves(self.model.batch)]
         program: Any = self.programs.gradients
         text: str = program.lower(state, batch).compile().as_text()
