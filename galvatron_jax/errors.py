@@ -1,7 +1,8 @@
 """Every error a user can meet: what was got, what was expected, where it came from, what to do next.
 
 Each class also subclasses the built-in exception that a user would try to catch, and carries the exit code with which a
-command ends (0 done, 2 bad input, 3 infeasible, 4 environment).
+command ends (0 done, 2 bad input, 3 infeasible, 4 environment, 5 numerical stop; 75 is a training run that was preempted
+and saved, 130 an interrupted command).
 """
 
 from __future__ import annotations
@@ -82,3 +83,35 @@ class AnalysisError(GalvatronError, ValueError):
 
 class UnsupportedError(GalvatronError, NotImplementedError):
     """A plan or model that this version cannot run yet."""
+
+
+class ConfigError(GalvatronError, ValueError):
+    """A training configuration that cannot be read, contradicts itself, or is not the one of the run to resume."""
+
+
+class DataError(GalvatronError, ValueError):
+    """Training data that does not exist, is damaged beyond what may be skipped, or does not fit the model."""
+
+
+class CheckpointError(GalvatronError, RuntimeError):
+    """No checkpoint can be written, or none of those that exist is whole."""
+
+    exit_code = 4
+
+
+class NonFiniteError(GalvatronError, ArithmeticError):
+    """Loss or gradients are NaN or infinite, and the run is to stop then."""
+
+    exit_code = 5
+
+
+class PreflightError(GalvatronError, RuntimeError):
+    """The processes of a run do not agree on what to run, or some are missing."""
+
+    exit_code = 4
+
+
+class DeviceMemoryError(GalvatronError, MemoryError):
+    """A plan that was predicted to fit ran out of device memory."""
+
+    exit_code = 4
