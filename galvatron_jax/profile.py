@@ -127,11 +127,17 @@ class Collective(Value, frozen=True, kw_only=True, omit_defaults=True):
     phase: Phase
     kind: CollectiveKind
     array: Array
-    """Whole array of the group: result of all-reduce and all-gather, operand of reduce-scatter (local otherwise)."""
+    """Whole array of the group: result of all-reduce and all-gather, operand of reduce-scatter (local otherwise); what
+    it has of sharded classes that it does not sum over is local."""
     merged_count: Annotated[int, msgspec.Meta(ge=0)]
     """How many are left when the compiler sums partial results before it reduces (XLA:GPU, AllReduceReassociate)."""
+    over: tuple[str, ...] = ()
+    """The classes it sums over: its group has the product of their shards, and there is none where nothing of them is
+    sharded. Empty for gathers and exchanges: their group is all ranks that shard the layer's classes."""
     recomputed: bool = False
     """A forward collective that full rematerialisation runs again."""
+    recomputed_dots: bool = False
+    """A forward collective that remat ``dots`` runs again."""
 
 
 class Candidate(Value, frozen=True, kw_only=True, omit_defaults=True):
@@ -149,6 +155,18 @@ class Candidate(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Collectives with the stream replicated over the tensor axes."""
     sequence: tuple[Collective, ...] | None = None
     """Collectives with the stream sharded along ``seq`` between the products (Megatron sp); None: not legal."""
+    spilled: tuple[Collective, ...] = ()
+    """In place of ``tensor`` where the degree spills."""
+
+    def collectives(self, degree: int, sizes: Mapping[str, int], *, sp: bool) -> tuple[Collective, ...]:
+        """Return the collectives of tensor parallelism of ``degree``, with or without sequence parallelism."""
+        if sp:
+            return self.sequence or ()
+        return self.spilled if self.spills(degree, sizes) else self.tensor
+
+    def spills(self, degree: int, sizes: Mapping[str, int]) -> bool:
+        """Tell whether ``degree`` is more than the classes themselves can take."""
+        return any(rest in self.shards(degree, sizes) for rest in self.spill.values())
 
     def shards(self, degree: int, sizes: Mapping[str, int]) -> dict[str, int]:
         """Return how many shards each class has under tensor parallelism of ``degree`` (all 1 for degree 1)."""
@@ -161,9 +179,13 @@ class Candidate(Value, frozen=True, kw_only=True, omit_defaults=True):
         return found
 
     def undivided(self, sizes: Mapping[str, int], degree: int) -> list[str]:
-        """Return the classes that ``degree`` does not divide."""
+        """Return the classes that ``degree`` does not divide; a class that spills must be divided to the last index."""
         shards = self.shards(degree, sizes)
-        return [name for name, count in shards.items() if sizes[name] % count]
+        return [
+            name
+            for name, count in shards.items()
+            if sizes[name] % count or (name in self.spill and count < min(degree, sizes[name]))
+        ]
 
 
 class Ulysses(Value, frozen=True, kw_only=True):
@@ -172,7 +194,8 @@ class Ulysses(Value, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     """Classes sharded in place of ``seq`` inside attention (heads); none in a layer without attention."""
     collectives: tuple[Collective, ...] = ()
-    """Per microbatch, the reductions of weight gradients left out."""
+    """Per microbatch, the reductions of weight gradients and of sums over ``batch`` (see ``LayerKind.data``) left out;
+    exchanged arrays are local: divided by the shards of ``batch`` and once by the degree."""
 
 
 class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
@@ -210,7 +233,8 @@ class LayerKind(Value, frozen=True, kw_only=True):
     ulysses: Ulysses | None = None
     """Ulysses sequence parallelism; None: not legal."""
     data: tuple[Collective, ...] = ()
-    """Collectives of sharding ``batch`` other than parameter gradients (for example the mean of the loss)."""
+    """Collectives of sharding ``batch`` other than parameter gradients (for example the mean of the loss); those that
+    sum over ``seq`` too (``Collective.over``) take in the ranks that shard it."""
     measured: Measured | None = None
     """Written by the profilers; takes the place of formulas on the devices that it names."""
 

@@ -111,6 +111,8 @@ def _tensor_violations(kind: LayerKind, strategy: Strategy) -> list[str]:
     ]
     if strategy.sp and candidate.sequence is None:
         found.append(f"sp is not legal for kind {kind.name!r}")
+    if strategy.sp and candidate.spills(strategy.tp, kind.classes):
+        found.append(f"sp with tp={strategy.tp} is not legal for kind {kind.name!r}: it spills over its classes")
     if strategy.sp and kind.classes.get(SEQ, 1) % strategy.tp:
         found.append(f"sp: tp={strategy.tp} does not divide seq={kind.classes.get(SEQ, 1)}")
     return found

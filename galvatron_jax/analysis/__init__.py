@@ -12,6 +12,7 @@ from ._flatten import Variable as Variable
 from ._jaxpr import run_equation as run_equation
 from ._marks import Loss as Loss
 from ._marks import split_parameters as split_parameters
+from ._primitives import is_batched as is_batched
 from ._primitives import is_kept as is_kept
 from ._primitives import is_kernel_name as is_kernel_name
 from ._profile import AnalysedKind as AnalysedKind

@@ -64,6 +64,32 @@ def class_sets(layer: Layer, *, seq: int | None) -> list[ClassSet]:
     return sorted(useful, key=lambda s: (-round(s.flops_share, _SHARE_DIGITS), _bytes(s), sorted(s.classes)))
 
 
+def spill_class(layer: Layer, found: ClassSet) -> tuple[int, int] | None:
+    """Return (class, class that takes the rest of a greater degree), or None.
+
+    Grouped queries: kv heads ``h`` spill into the query heads of a group ``g``, which follow them in every dimension
+    that has both. Keys and values have no ``g``: the ranks that share a kv head compute them alike.
+    """
+    stream = stream_classes(layer)
+    others = sorted(_parameter_classes(layer) - stream - found.classes - _needed_whole(layer))
+    for h in sorted(found.classes):
+        for g in others:
+            apart = found.classes - {h}
+            clash = _conflicts(layer, frozenset([g])) or any(
+                g in held and held & apart for op in layer.ops for held in [_held(layer, op)]
+            )
+            if not clash and _follows(layer, h, g):
+                return h, g
+    return None
+
+
+def _follows(layer: Layer, h: int, g: int) -> bool:
+    """Tell whether ``g`` stands first or right after ``h`` in every dimension, and beside ``h`` in some product."""
+    dims = [dim for op in layer.ops for v in [*op.inputs, *op.outputs] for dim in layer.dimensions.classes(v)]
+    placed = all(dim[:1] == [g] or dim[:2] == [h, g] for dim in dims if g in dim)
+    return placed and any(op.flops and {h, g} <= _held(layer, op) for op in layer.ops)
+
+
 def _parameter_classes(layer: Layer) -> set[int]:
     """Shardable classes of the parameters."""
     found = {f for i in layer.parameters for f in layer.classes(layer.inputs[i])}
@@ -72,11 +98,15 @@ def _parameter_classes(layer: Layer) -> set[int]:
 
 def _hindered(layer: Layer) -> set[int]:
     """Classes that some operation needs whole, or that are a minor part of a parameter's dimension."""
-    found = {f for op in layer.ops for _, dim in op.gathered for f in layer.dimensions.factors.resolve(dim)}
+    found = _needed_whole(layer)
     for index in layer.parameters:
         for dim in layer.dimensions.classes(layer.inputs[index]):
             found.update(dim[1:])
     return found
+
+
+def _needed_whole(layer: Layer) -> set[int]:
+    return {f for op in layer.ops for _, dim in op.gathered for f in layer.dimensions.factors.resolve(dim)}
 
 
 def _conflicts(layer: Layer, chosen: frozenset[int]) -> bool:

@@ -18,9 +18,10 @@ AllReduceReassociate; XLA:CPU does not).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..profile import CollectiveKind, Phase
+from ..strategy import Remat
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
 from ._primitives import is_kernel_name
@@ -37,20 +38,17 @@ class Predicted:
     kind: CollectiveKind
     value: Value
     """The whole array of the group."""
+    over: frozenset[int]
+    """The sharded classes it sums over."""
     root: int
     """Collectives with the same root become one where sums are merged."""
-    recomputed: bool
-    """Full rematerialisation runs it again."""
+    recomputed: frozenset[Remat]
+    """Rematerialisations that run it again."""
 
 
 def tensor_collectives(layer: Layer, sharded: frozenset[int]) -> list[Predicted]:
     """Return the collectives of sharding the classes ``sharded`` with the stream replicated."""
-    again = recomputed_ops(layer)
-    return [
-        _predict(layer, op, "all-reduce", op.outputs[0], again)
-        for op in layer.ops
-        if layer.contracted(op) & sharded and op.outputs
-    ]
+    return [reduction(layer, op, sharded) for op in layer.ops if layer.contracted(op) & sharded and op.outputs]
 
 
 def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozenset[int], seq: int) -> list[Predicted]:
@@ -62,14 +60,13 @@ def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozense
         stream: All classes of the stream.
         seq: The sequence class.
     """
-    again, found = recomputed_ops(layer), _gathers(layer, sharded, stream)
+    found = _gathers(layer, sharded, stream)
     for op in layer.ops:
-        out = op.outputs[0]
         if layer.contracted(op) & sharded:
-            kind: CollectiveKind = "reduce-scatter" if stream <= layer.classes(out) else "all-reduce"
-            found.append(_predict(layer, op, kind, out, again))
+            kind: CollectiveKind = "reduce-scatter" if stream <= layer.classes(op.outputs[0]) else "all-reduce"
+            found.append(reduction(layer, op, sharded, kind))
         elif seq in layer.contracted(op) and not _holds(layer, op, sharded) and _stream_inputs(layer, op, stream):
-            found.append(_predict(layer, op, "all-reduce", out, again))
+            found.append(reduction(layer, op, frozenset([seq])))
     return found
 
 
@@ -83,11 +80,17 @@ def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> l
         if is_kernel_name(op.name) and _holds(layer, op, sharded):
             for value in _stream_inputs(layer, op, stream):
                 if not layer.classes(value) & sharded:
-                    whole = _behind_views(layer, value)
+                    whole = behind_views(layer, value)
                     found.setdefault((phase_of(op), id(whole)), (op, whole))
-    again = {id(op) for (_, key), (op, _) in found.items() if ("backward", key) not in found} & recomputed_ops(layer)
     return [
-        _predict(layer, op, "all-gather", whole, again, root=hash((phase, key)))
+        Predicted(
+            phase=phase,
+            kind="all-gather",
+            value=whole,
+            over=frozenset(),
+            root=hash((phase, key)),
+            recomputed=frozenset() if ("backward", key) in found else layer.recomputed_by(op),
+        )
         for (phase, key), (op, whole) in found.items()
     ]
 
@@ -102,27 +105,37 @@ def _stream_inputs(layer: Layer, op: Op, stream: frozenset[int]) -> list[Value]:
     return [value for value in op.inputs if stream <= layer.classes(value)]
 
 
-def data_collectives(layer: Layer, batch: int) -> list[Predicted]:
-    """Return the collectives of sharding ``batch``, parameter gradients left out."""
-    again = recomputed_ops(layer)
+def data_collectives(layer: Layer, batch: int, seq: int | None) -> list[Predicted]:
+    """Return the collectives of sharding ``batch``, parameter gradients left out.
+
+    Args:
+        layer: The analysed layer.
+        batch: The batch class.
+        seq: The sequence class, which Ulysses shards too.
+    """
+    classes = frozenset([batch]) if seq is None else frozenset([batch, seq])
+    return without_gradients(
+        layer, [reduction(layer, op, classes) for op in layer.ops if batch in layer.contracted(op) and op.outputs]
+    )
+
+
+def without_gradients(layer: Layer, found: Iterable[Predicted]) -> list[Predicted]:
+    """Leave out the reductions of parameter gradients."""
     gradients = {id(layer.gradients[i]) for i in layer.parameters if i in layer.gradients}
-    found = [
-        _predict(layer, op, "all-reduce", op.outputs[0], again)
-        for op in layer.ops
-        if batch in layer.contracted(op) and op.outputs
-    ]
     return [collective for collective in found if collective.root not in gradients]
 
 
-def _predict(
-    layer: Layer, op: Op, kind: CollectiveKind, value: Value, again: set[int], *, root: int | None = None
+def reduction(
+    layer: Layer, op: Op, classes: frozenset[int], kind: CollectiveKind = "all-reduce"
 ) -> Predicted:
+    """Return the collective that completes the partial results of ``op`` over ``classes``."""
     return Predicted(
         phase=phase_of(op),
         kind=kind,
-        value=value,
-        root=_root(layer, value) if root is None else root,
-        recomputed=id(op) in again,
+        value=op.outputs[0],
+        over=layer.contracted(op) & classes,
+        root=_root(layer, op.outputs[0]),
+        recomputed=layer.recomputed_by(op),
     )
 
 
@@ -135,7 +148,7 @@ def _root(layer: Layer, value: Value) -> int:
         value = readers[0].outputs[0]
 
 
-def _behind_views(layer: Layer, value: Value) -> Value:
+def behind_views(layer: Layer, value: Value) -> Value:
     """Return the value that ``value`` is a cast or another view of."""
     while True:
         op = layer.makers.get(id(value))
@@ -143,13 +156,3 @@ def _behind_views(layer: Layer, value: Value) -> Value:
             return value
         value = op.inputs[0]
 
-
-def recomputed_ops(layer: Layer) -> set[int]:
-    """Forward operations that residuals depend on: full rematerialisation runs just these again."""
-    needed = {id(v) for v in layer.residuals}
-    again = set()
-    for op in reversed(layer.ops):
-        if phase_of(op) == "forward" and any(id(v) in needed for v in op.outputs):
-            again.add(id(op))
-            needed.update(id(v) for v in op.inputs)
-    return again

@@ -20,6 +20,7 @@ from ..units import ITEM_BYTES
 from ._factors import Dim, Factors
 from ._flatten import Program, Variable, flatten, is_call
 from ._jaxpr import called_program
+from ._primitives import is_batched
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -52,6 +53,8 @@ class Op:
     gathered: list[tuple[Value, Dim]] = dataclasses.field(default_factory=list)
     flops: int = 0
     """FLOP of one run."""
+    batched: bool = False
+    """A product of two activations (``_primitives.is_batched``)."""
 
     def needs_whole(self, value: Value, dim: Sequence[int]) -> None:
         """Record that the operation cannot work on shards of ``dim`` of ``value``."""
@@ -156,6 +159,7 @@ class Walk:
         for equation in program.equations:
             scope = self.scope + equation.scope
             op = Op(equation.name, [read(v) for v in equation.inputs], scope, times, self.depth > 0)
+            op.batched = is_batched(equation.name, equation.eqn.params)
             avals = [v.aval for v in equation.outputs]
             dims = self._apply(Rule(self.factors, op, equation.eqn.params, avals, self), called_program(equation.eqn))
             op.outputs = [Value(tuple(a.shape), str(a.dtype), d) for a, d in zip(avals, dims, strict=True)]

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from ..profile import Phase
+from ..strategy import Remat
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
 from ._primitives import VIEWS, is_kept, is_kernel_name
@@ -69,14 +70,14 @@ class Fusion:
                         found.setdefault(key, Move(phase_of(op), value))
         return list(found.values())
 
-    def sources_of(self, value: Value) -> list[Value]:
-        """Return the kernel results and reductions from which fused operations can make ``value`` again."""
+    def sources_of(self, value: Value, remat: Remat = "none") -> list[Value]:
+        """Return what ``remat`` keeps of that from which ``value`` can be made again."""
         found: dict[int, Value] = {}
         queue = [self.source(value)]
         while queue:
             current = queue.pop()
             op = self.maker.get(id(current))
-            if op is None or is_kernel(op) or is_kept(op.name):
+            if op is None or is_kept(op.name, remat, batched=op.batched) or (remat == "none" and is_kernel(op)):
                 found[id(current)] = current
             else:
                 queue += [self.source(v) for v in op.inputs]

@@ -11,17 +11,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 from jax.extend.core import jaxpr_as_fun
 
 from ..profile import Phase
+from ..strategy import Remat
 from ._cut import Segment
 from ._dimensions import Dimensions, Op, Value, Walk
 from ._factors import Factors
 from ._flatten import Program, Variable, flatten, is_call, is_plain_call
 from ._jaxpr import abstract, is_differentiable
+from ._primitives import is_kept
 
 BACKWARD = "backward@"
 """Scope text around the pullback."""
@@ -62,13 +64,32 @@ class Layer:
                 found.setdefault(id(value), []).append(op)
         return found
 
-    def contracted(self, op: Op) -> set[int]:
+    def contracted(self, op: Op) -> frozenset[int]:
         """Classes that ``op`` sums over."""
-        return set(self.dimensions.factors.resolve(op.contracted))
+        return frozenset(self.dimensions.factors.resolve(op.contracted))
 
-    def classes(self, value: Value) -> set[int]:
+    def classes(self, value: Value) -> frozenset[int]:
         """Classes of all dimensions of ``value``."""
-        return set(self.dimensions.flat_classes(value))
+        return frozenset(self.dimensions.flat_classes(value))
+
+    def recomputed_by(self, op: Op) -> frozenset[Remat]:
+        """Rematerialisations that run ``op`` again."""
+        return frozenset(remat for remat, ops in self._recomputed.items() if id(op) in ops)
+
+    @functools.cached_property
+    def _recomputed(self) -> dict[Remat, set[int]]:
+        return {remat: self._again(remat) for remat in get_args(Remat)}
+
+    def _again(self, remat: Remat) -> set[int]:
+        """Forward operations between what ``remat`` keeps and what the backward pass needs."""
+        needed = {id(v) for v in self.residuals}
+        again = set()
+        for op in reversed(self.ops):
+            needs = phase_of(op) == "forward" and any(id(v) in needed for v in op.outputs)
+            if needs and not is_kept(op.name, remat, batched=op.batched):
+                again.add(id(op))
+                needed.update(id(v) for v in op.inputs)
+        return again
 
     @property
     def inputs(self) -> list[Value]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from ..strategy import Remat
+
 ELEMENTWISE = frozenset(
     """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
     clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp
@@ -45,10 +50,27 @@ def is_kernel_name(primitive: str) -> bool:
     return primitive in KERNELS
 
 
-def is_kept(primitive: str) -> bool:
-    """Tell whether results of ``primitive`` are kept for the backward pass under remat ``none``.
+PRODUCTS = frozenset("conv_general_dilated dot_general ragged_dot_general".split())
+"""They do the matmul FLOPs."""
 
-    Everything but elementwise operations, views and data movement: those are made again inside fused kernels for less
-    than it costs to store and load them. Unknown primitives are kept (a custom kernel is expensive).
+
+def is_batched(primitive: str, params: Mapping[str, Any]) -> bool:
+    """Tell whether a matrix product has batch dimensions: it multiplies two activations (attention), not weights."""
+    return primitive == "dot_general" and bool(params["dimension_numbers"][1][0])
+
+
+def is_kept(primitive: str, remat: Remat, *, batched: bool = False) -> bool:
+    """Tell whether results of ``primitive`` are kept for the backward pass.
+
+    ``none`` keeps everything but elementwise operations, views and data movement: those are made again inside fused
+    kernels for less than it costs to store and load them. Unknown primitives are kept (a custom kernel is expensive).
+    ``dots`` keeps products with weights, ``full`` nothing.
+
+    Args:
+        primitive: Name of the primitive.
+        remat: What the layer keeps.
+        batched: The product is one of two activations (``is_batched``).
     """
-    return not any(primitive in family for family in (ELEMENTWISE, VIEWS, MOVES, RANDOM))
+    if remat == "none":
+        return not any(primitive in family for family in (ELEMENTWISE, VIEWS, MOVES, RANDOM))
+    return remat == "dots" and primitive in PRODUCTS and not batched

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import msgspec
 
-from ..profile import BATCH, SEQ, Candidate, LayerKind, LayerRun, ModelProfile
-from ._candidates import class_sets, stream_classes
-from ._collectives import data_collectives
+from ..profile import BATCH, SEQ, Candidate, LayerKind, LayerRun, ModelProfile, Ulysses
+from ._candidates import ClassSet, class_sets, spill_class, stream_classes
+from ._collectives import data_collectives, tensor_collectives
 from ._cut import Cut, Segment, cut_layers
 from ._flatten import Variable, flatten, holds_marks
 from ._jaxpr import is_differentiable
@@ -21,6 +22,7 @@ from ._layer import Layer, analyse_layer
 from ._marks import ATTENTION, Loss, Trace, abstract_model, trace_loss
 from ._names import Names, name_classes
 from ._quantities import Quantities
+from ._ulysses import Attention, find_attention, ulysses_collectives
 
 VariableNames = dict[Variable, list[list[str | None]]]
 """Class names of boundary values, by dimension and factor."""
@@ -35,6 +37,8 @@ class AnalysedKind:
     profile: LayerKind
     tensor_classes: frozenset[int]
     """Classes of the best candidate (empty when there is none)."""
+    attention: Attention | None
+    """Attention as Ulysses runs it; None when Ulysses is not legal."""
 
     @functools.cached_property
     def stream_classes(self) -> frozenset[int]:
@@ -103,17 +107,16 @@ def _analyse_kind(
     by_name = {n: f for f, n in class_names.items()}
     quantities = Quantities(layer, class_names)
     sets = class_sets(layer, seq=by_name.get(SEQ))[:1]
-    candidates = tuple(
-        Candidate(
-            classes=tuple(sorted(class_names[f] for f in found.classes)),
-            max_degree=found.max_degree,
-            flops_share=min(1.0, found.flops_share),
-            tensor=quantities.collectives(found.tensor),
-            sequence=None if found.sequence is None else quantities.collectives(found.sequence),
+    candidates = tuple(_candidate(layer, found, class_names, quantities) for found in sets)
+    data = quantities.collectives(data_collectives(layer, by_name[BATCH], by_name.get(SEQ))) if BATCH in by_name else ()
+    attention = ulysses = None
+    if BATCH in by_name and SEQ in by_name:
+        attention = find_attention(layer, by_name[BATCH], by_name[SEQ])
+    if attention is not None:
+        exchanges = ulysses_collectives(layer, attention, by_name[BATCH], by_name[SEQ])
+        ulysses = Ulysses(
+            classes=tuple(class_names[f] for f in attention.heads), collectives=quantities.collectives(exchanges)
         )
-        for found in sets
-    )
-    data = quantities.collectives(data_collectives(layer, by_name[BATCH])) if BATCH in by_name else ()
     inputs, outputs = quantities.boundaries()
     own_paths = [_inner_path(paths[segment.inputs[i]], segment) for i in parameters]
     profile = LayerKind(
@@ -124,14 +127,35 @@ def _analyse_kind(
         traffic=quantities.traffic(),
         inputs=inputs,
         outputs=outputs,
-        residuals=quantities.residuals(),
+        residuals=quantities.residuals("none"),
+        residuals_dots=quantities.residuals("dots"),
         workspace=quantities.workspace(),
         candidates=candidates,
+        ulysses=ulysses,
         data=data,
     )
     sizes = {n: layer.dimensions.factors.size(f) for f, n in class_names.items()}
     profile = msgspec.structs.replace(profile, classes=_used_classes(profile, sizes))
-    return AnalysedKind(layer, class_names, profile, sets[0].classes if sets else frozenset())
+    return AnalysedKind(layer, class_names, profile, sets[0].classes if sets else frozenset(), attention)
+
+
+def _candidate(layer: Layer, found: ClassSet, names: Names, quantities: Quantities) -> Candidate:
+    spill = spill_class(layer, found)
+    degree, spilled = found.max_degree, ()
+    if spill is not None:
+        sizes = {f: layer.dimensions.factors.size(f) for f in (*found.classes, *spill)}
+        others = [sizes[f] for f in found.classes if f != spill[0]]
+        degree = math.gcd(sizes[spill[0]] * sizes[spill[1]], *others)
+        spilled = quantities.collectives(tensor_collectives(layer, found.classes | {spill[1]}))
+    return Candidate(
+        classes=tuple(sorted(names[f] for f in found.classes)),
+        max_degree=degree,
+        flops_share=min(1.0, found.flops_share),
+        spill={names[spill[0]]: names[spill[1]]} if spill else {},
+        tensor=quantities.collectives(found.tensor),
+        sequence=None if found.sequence is None else quantities.collectives(found.sequence),
+        spilled=spilled,
+    )
 
 
 def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, AnalysedKind]) -> ModelProfile:

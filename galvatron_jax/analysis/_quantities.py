@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from ..profile import Array, Boundary, Collective, Dot, Parameter, Phase, Traffic
-from ._collectives import Predicted, recomputed_ops
+from ..strategy import Remat
+from ._collectives import Predicted
 from ._dimensions import Op, Value
 from ._fusion import Fusion, unique
 from ._layer import Layer, phase_of
@@ -22,7 +23,6 @@ class Quantities:
     def __init__(self, layer: Layer, names: Names) -> None:
         """Hold the layer, the names of its classes and its fusion analysis."""
         self.layer, self.names, self.fusion = layer, names, Fusion(layer)
-        self._recomputed = recomputed_ops(layer)
 
     def array(self, value: Value, count: int = 1) -> Array:
         """Return the size of ``value`` as a monomial."""
@@ -58,14 +58,14 @@ class Quantities:
         )
         return tuple(Traffic(phase=phase, array=_with_count(array, n)) for (phase, array), n in counts.items())
 
-    def residuals(self) -> tuple[Array, ...]:
-        """Return what the forward pass keeps for the backward pass under remat ``none``.
+    def residuals(self, remat: Remat) -> tuple[Array, ...]:
+        """Return what the forward pass keeps for the backward pass.
 
-        Results of kernels and of reductions are kept; values that fused kernels made from them are made again by the
-        fused kernels of the backward pass (``is_kept`` is the rule, for the runtime's policy too).
+        Under ``none``: results of kernels and of reductions; values that fused kernels made from them are made again by
+        the fused kernels of the backward pass. ``is_kept`` is the rule, for the runtime's policy too.
         Left out are values made from parameters alone (casts, gathered copies) and constants (masks, rotary tables).
         """
-        return self.arrays(self._kept())
+        return self.arrays(self._kept(remat))
 
     def workspace(self) -> tuple[Array, ...]:
         """Return the temporaries alive at the worst moment of the backward pass.
@@ -96,30 +96,35 @@ class Quantities:
 
     def collectives(self, predicted: Iterable[Predicted]) -> tuple[Collective, ...]:
         """Return predicted collectives with equal ones counted, before and after sums are merged."""
-        counts: Counter[tuple[Phase, str, Array, bool]] = Counter()
-        merged: Counter[tuple[Phase, str, Array, bool]] = Counter()
+        counts: Counter[Collective] = Counter()
+        merged: Counter[Collective] = Counter()
         roots: set[int] = set()
         for item in predicted:
-            key = (item.phase, item.kind, self.array(item.value), item.recomputed)
+            key = self._collective(item)
             counts[key] += 1
             merged[key] += item.root not in roots
             roots.add(item.root)
         return tuple(
-            Collective(
-                phase=phase,
-                kind=kind,  # type: ignore[arg-type]  # Counter keys lose the literal
-                array=_with_count(array, n),
-                merged_count=merged[phase, kind, array, again],
-                recomputed=again,
-            )
-            for (phase, kind, array, again), n in counts.items()
+            msgspec.structs.replace(key, array=_with_count(key.array, n), merged_count=merged[key])
+            for key, n in counts.items()
         )
 
     # ------------------------------------------------------------------------------------------------------ helpers
-    def _kept(self) -> list[Value]:
+    def _collective(self, item: Predicted) -> Collective:
+        return Collective(
+            phase=item.phase,
+            kind=item.kind,
+            array=self.array(item.value),
+            merged_count=0,
+            over=tuple(sorted(self.names[f] for f in item.over)),
+            recomputed="full" in item.recomputed,
+            recomputed_dots="dots" in item.recomputed,
+        )
+
+    def _kept(self, remat: Remat) -> list[Value]:
         own = {id(v) for v in self.layer.dimensions.inputs}
         needed = [v for v in self.layer.residuals if self.fusion.depends_on_data(v)]
-        sources = unique(source for value in needed for source in self.fusion.sources_of(value))
+        sources = unique(source for value in needed for source in self.fusion.sources_of(value, remat))
         return [v for v in sources if id(v) not in own and self.fusion.depends_on_data(v) and v.shape]
 
     def _monomial(self, factors: Iterable[int]) -> tuple[tuple[str, ...], int]:
@@ -153,7 +158,8 @@ class Quantities:
             classes=classes,
             factor=factor,
             attention=_marked(op),
-            recomputed=phase_of(op) == "backward" or id(op) in self._recomputed,
+            recomputed=phase_of(op) == "backward" or "full" in self.layer.recomputed_by(op),
+            batched=op.batched,
         )
 
     def _batch_or_sum(self, op: Op, shared: Counter[int]) -> Counter[int]:
@@ -188,7 +194,7 @@ class Quantities:
         """
         fusion, layer = self.fusion, self.layer
         steps = [op for op in layer.ops if phase_of(op) == "backward"]
-        elsewhere = {id(fusion.source(v)) for v in [*layer.dimensions.inputs, *self._kept()]}
+        elsewhere = {id(fusion.source(v)) for v in [*layer.dimensions.inputs, *self._kept("none")]}
         elsewhere.update(id(fusion.source(layer.gradients[i])) for i in layer.parameters if i in layer.gradients)
         last = {id(fusion.source(v)): n for n, op in enumerate(steps) for v in op.inputs}
         alive: dict[int, Value] = {}

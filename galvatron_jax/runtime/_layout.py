@@ -2,7 +2,8 @@
 
 Compute layout of a value, dimension by dimension: ``batch`` over the data axes; a class of the tensor candidate over
 the tensor axes; under sequence parallelism ``seq`` over the tensor axes where the value is stream-like (it carries
-every class of the stream and no tensor class). Parameters have three more places to be: *stored* (zero 3 shards them
+every class of the stream and no tensor class). Under Ulysses ``seq`` over the trailing axes, and inside attention the
+heads in place of it; a value with two positions (scores, masks) is inside. Parameters have three more places to be: *stored* (zero 3 shards them
 over the data axes), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 from jax.sharding import NamedSharding, PartitionSpec
@@ -33,11 +35,16 @@ class LayerLayout:
     strategy: Strategy
     stage: StageMesh
 
-    def value(self, value: Value, *, sequence: bool = True) -> NamedSharding:
-        """Return the compute layout of a value of the layer; without ``sequence``, as if there were no sp."""
-        return self.stage.sharding(
-            PartitionSpec(*[_entry(axes) for axes in self._axes_by_dim(value, sequence=sequence)])
-        )
+    def value(self, value: Value, *, sequence: bool = True, inside: bool = False) -> NamedSharding:
+        """Return the compute layout of a value of the layer.
+
+        Args:
+            value: The value.
+            sequence: False: as if its sequence were not sharded.
+            inside: As Ulysses has it inside attention.
+        """
+        axes = self._axes_by_dim(value, sequence=sequence, inside=inside)
+        return self.stage.sharding(PartitionSpec(*[_entry(dim) for dim in axes]))
 
     def stored(self, index: int, role: Role) -> NamedSharding:
         """Return where a parameter, its gradient or its optimizer state lives between uses.
@@ -51,7 +58,7 @@ class LayerLayout:
         if self.strategy.zero >= _ZERO_LEVEL[role]:
             dim = self._zero_dims[index]
             if dim is not None:
-                axes[dim] += self.stage.data_axes(self.strategy)
+                axes[dim] += self._zero_axes
         return self.stage.sharding(PartitionSpec(*[_entry(a) for a in axes]))
 
     def is_stream(self, value: Value) -> bool:
@@ -70,27 +77,65 @@ class LayerLayout:
         shards = candidate.shards(self.strategy.tp, profile.classes) if candidate else {}
         return [zero_dim(p, profile.classes, shards, self.strategy.zero_ranks) for p in profile.parameters]
 
+    @property
+    def _zero_axes(self) -> Axes:
+        """Mesh axes of the ranks that hold the same weights."""
+        trailing = self.stage.tensor_axes(self.strategy) if self.strategy.ulysses > 1 else ()
+        return self.stage.data_axes(self.strategy) + trailing
+
     @functools.cached_property
     def _class_axes(self) -> dict[int, Axes]:
-        """Mesh axes of each sharded class."""
+        """Mesh axes of each sharded class, outside attention."""
         names = {name: f for f, name in self.kind.names.items()}
-        axes = dict.fromkeys(self.kind.tensor_classes, self.stage.tensor_axes(self.strategy))
+        axes = {names[name]: part for name, part in self._tensor_axes().items()} if self.strategy.tp > 1 else {}
+        if self.strategy.ulysses > 1:
+            axes[names[SEQ]] = self.stage.tensor_axes(self.strategy)
         if BATCH in names:
             axes[names[BATCH]] = self.stage.data_axes(self.strategy)
         return axes
 
-    def _axes_by_dim(self, value: Value, *, sequence: bool = True) -> list[Axes]:
-        seq_axes = self.stage.sequence_axes(self.strategy) if sequence and self.is_stream(value) else ()
+    @functools.cached_property
+    def _inside_axes(self) -> dict[int, Axes]:
+        """Mesh axes of each sharded class inside attention under Ulysses."""
+        names = {f: name for f, name in self.kind.names.items()}
+        axes = {f: part for f, part in self._class_axes.items() if names[f] != SEQ}
+        heads = self.kind.attention.heads if self.kind.attention else ()
+        return axes | dict.fromkeys(heads, self.stage.tensor_axes(self.strategy))
+
+    def _tensor_axes(self) -> dict[str, Axes]:
+        """Axes of each tensor class: all of them, but a class that spills takes what it has indices for."""
+        candidate, axes = self.kind.profile.best_candidate, self.stage.tensor_axes(self.strategy)
+        if candidate is None:
+            return {}
+        shards = candidate.shards(self.strategy.tp, self.kind.profile.classes)
+        found = {name: self.stage.first_axes(axes, count) for name, count in shards.items()}
+        for name, rest in candidate.spill.items():
+            if rest in found:
+                found[rest] = axes[len(found[name]) :]
+        return found
+
+    def _axes_by_dim(self, value: Value, *, sequence: bool = True, inside: bool = False) -> list[Axes]:
+        dims = self.kind.layer.dimensions.classes(value)
+        quadratic = sum(self.kind.names.get(f) == SEQ for dim in dims for f in dim) > 1
+        class_axes = self._class_axes
+        if self.strategy.ulysses > 1 and (inside or quadratic or not sequence):
+            class_axes = self._inside_axes
+        elif sequence and self.strategy.sp and self.is_stream(value):
+            seq = {f: self.stage.tensor_axes(self.strategy) for f, name in self.kind.names.items() if name == SEQ}
+            class_axes = class_axes | seq
         used: set[str] = set()
-        dims = []
-        for dim in self.kind.layer.dimensions.classes(value):
-            axes: Axes = ()
-            if dim:
-                axes = seq_axes if self.kind.names.get(dim[0]) == SEQ else self._class_axes.get(dim[0], ())
-            axes = tuple(name for name in axes if name not in used)
+        return [self._dim_axes(dim, class_axes, used) for dim in dims]
+
+    def _dim_axes(self, dim: list[int], class_axes: Mapping[int, Axes], used: set[str]) -> Axes:
+        """Axes of one dimension: a minor factor can be sharded only where the major ones are, to the last index."""
+        found: Axes = ()
+        for factor in dim:
+            axes = tuple(name for name in class_axes.get(factor, ()) if name not in used)
             used.update(axes)
-            dims.append(axes)
-        return dims
+            found += axes
+            if self.stage.size(axes) != self.kind.layer.dimensions.factors.size(factor):
+                break
+        return found
 
 
 def _entry(axes: Axes) -> str | Axes | None:

@@ -25,7 +25,7 @@ class StageMesh:
 
     def data_axes(self, strategy: Strategy) -> Axes:
         """Return the leading axes, which carry the batch."""
-        return self._axes_before(strategy.dp)
+        return self.first_axes(tuple(self.mesh.axis_names), strategy.dp)
 
     def tensor_axes(self, strategy: Strategy) -> Axes:
         """Return the trailing axes, which carry the tensor classes."""
@@ -39,6 +39,18 @@ class StageMesh:
         """
         return self.tensor_axes(strategy) if strategy.sp else ()
 
+    def size(self, axes: Axes) -> int:
+        """Return the number of devices along ``axes`` together."""
+        return math.prod(self.mesh.shape[name] for name in axes)
+
+    def first_axes(self, axes: Axes, count: int) -> Axes:
+        """Return the leading ones of ``axes`` whose sizes multiply to ``count``."""
+        taken = 0
+        while self.size(axes[:taken]) < count:
+            taken += 1
+        assert self.size(axes[:taken]) == count, "check_plan lets only axis products through"
+        return axes[:taken]
+
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """Return ``spec`` on this mesh."""
         return NamedSharding(self.mesh, spec)
@@ -47,14 +59,6 @@ class StageMesh:
     def replicated(self) -> NamedSharding:
         """The sharding that puts a whole copy on every device."""
         return self.sharding(PartitionSpec())
-
-    def _axes_before(self, size: int) -> Axes:
-        """Return the leading axes whose sizes multiply to ``size``."""
-        names: list[str] = []
-        while math.prod(self.mesh.shape[name] for name in names) < size:
-            names.append(self.mesh.axis_names[len(names)])
-        assert math.prod(self.mesh.shape[name] for name in names) == size, "check_plan lets only axis products through"
-        return tuple(names)
 
 
 def stage_mesh(cluster: Cluster, devices: Sequence[jax.Device]) -> StageMesh:

@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
-from ..analysis import Value, is_kept, is_kernel_name, run_equation
+from ..analysis import Value, is_batched, is_kept, is_kernel_name, run_equation
+from ..strategy import Remat
 from ._layout import LayerLayout
 
 WEIGHTS = "galvatron_weights"
 """Name of parameters as a layer uses them: cast and gathered."""
+
+EXCHANGED = "galvatron_exchanged"
+"""Name of values that crossed the border of attention; remat ``none`` keeps them, so that nothing crosses twice."""
 
 _STREAM_PRIMITIVES = frozenset(("add", "mul"))
 """Under sequence parallelism residual adds and norm products are constrained too."""
@@ -43,14 +47,19 @@ def build_segment(layout: LayerLayout, *, in_loop: bool = False) -> SegmentFunct
     def run(inputs: Sequence[Any]) -> list[Any]:
         return _run_equations(layout, _place_weights(layout, inputs))
 
-    if layout.strategy.remat == "full":
-        return jax.checkpoint(run, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=not in_loop)
-    return jax.checkpoint(run, policy=_keep_kernel_results, prevent_cse=not in_loop)
+    return jax.checkpoint(run, policy=_policy(layout.strategy.remat), prevent_cse=not in_loop)
 
 
-def _keep_kernel_results(primitive: Any, *_: Any, **params: Any) -> bool:
-    """Policy of remat ``none``: no kernel runs twice, fused elementwise work does (see ``analysis.is_kept``)."""
-    return is_kept(str(primitive.name))
+def _policy(remat: Remat) -> Callable[..., bool]:
+    """What ``jax.checkpoint`` keeps: the estimate's own rule (``analysis.is_kept``)."""
+
+    def keep(primitive: Any, *_: Any, **params: Any) -> bool:
+        name = str(primitive.name)
+        if name == "name" and params["name"] == EXCHANGED:
+            return remat == "none"
+        return is_kept(name, remat, batched=is_batched(name, params))
+
+    return keep
 
 
 def _place_weights(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
@@ -68,28 +77,55 @@ def _place_weights(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
 def _run_equations(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
     layer = layout.kind.layer
     program, values = layer.forward, layer.forward_values
+    border = _Border(layout)
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
 
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else environment[atom]
+    def read(atom: Any, inside: bool = False) -> Any:
+        return atom.val if isinstance(atom, Literal) else border.cross(environment[atom], values[atom], inside=inside)
 
-    for equation in program.equations:
-        arguments = [read(v) for v in equation.inputs]
+    for position, equation in enumerate(program.equations):
+        inside = border.is_inside(position)
+        arguments = [read(v, inside) for v in equation.inputs]
         results = run_equation(equation.eqn, arguments)
         for variable, result in zip(equation.outputs, results, strict=True):
-            value = values[variable]
-            environment[variable] = _constrain(layout, equation.name, result, value)
+            environment[variable] = _constrain(layout, equation.name, result, values[variable], inside=inside)
     return [read(v) for v in program.outputs]
 
 
-def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value) -> Any:
+class _Border:
+    """The border of attention under Ulysses: values that cross it change from sequence to heads or back, once."""
+
+    def __init__(self, layout: LayerLayout) -> None:
+        """Without Ulysses there is no border."""
+        self._layout = layout
+        self._attention = layout.kind.attention if layout.strategy.ulysses > 1 else None
+        self._crossed: dict[int, Any] = {}
+
+    def is_inside(self, position: int) -> bool:
+        """Tell whether the equation at ``position`` runs inside."""
+        return self._attention is not None and position in self._attention.inside
+
+    def cross(self, array: Any, value: Value, *, inside: bool) -> Any:
+        """Return ``array`` as a reader inside or outside wants it."""
+        attention = self._attention
+        if attention is None or id(value) not in (attention.entering if inside else attention.leaving):
+            return array
+        if id(value) not in self._crossed:
+            # Both sides are pinned, for the cotangent too: else the exchange drifts into the operations around it.
+            left = jax.lax.with_sharding_constraint(array, self._layout.value(value, inside=not inside))
+            arrived = jax.lax.with_sharding_constraint(left, self._layout.value(value, inside=inside))
+            self._crossed[id(value)] = checkpoint_name(arrived, EXCHANGED)
+        return self._crossed[id(value)]
+
+
+def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value, *, inside: bool) -> Any:
     stream = layout.strategy.sp and layout.is_stream(value)
     if not result.ndim or not (is_kernel_name(primitive) or (stream and primitive in _STREAM_PRIMITIVES)):
         return result
     if stream and primitive == "gather":
         # Summed over the vocabulary first, sharded along the sequence after: else XLA shards the indices along it.
         result = jax.lax.with_sharding_constraint(result, layout.value(value, sequence=False))
-    return jax.lax.with_sharding_constraint(result, layout.value(value))
+    return jax.lax.with_sharding_constraint(result, layout.value(value, inside=inside))
 
 
 def is_array(value: Any) -> bool:

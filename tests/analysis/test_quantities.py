@@ -148,17 +148,36 @@ def _really_kept(kind: AnalysedKind, remat: Remat) -> Counter[tuple[str, int]]:
     return Counter((str(v.aval.dtype), math.prod(v.aval.shape)) for v in found)
 
 
+def check_residuals(found: AnalysedKind) -> None:
+    """Bytes for bytes, under each remat policy that keeps something."""
+    sizes = found.profile.classes
+    assert found.profile.residuals_dots is not None
+    assert _sizes(found.profile.residuals, sizes) == _really_kept(found, "none")
+    assert _sizes(found.profile.residuals_dots, sizes) == _really_kept(found, "dots")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["embed", "layers.*", "head"])
 def test_llama_residuals_are_exactly_what_the_runtime_keeps(kind: str, dtype: str) -> None:
-    found = kind_of(small_llama(dtype=dtype), kind)
-    assert _sizes(found.profile.residuals, found.profile.classes) == _really_kept(found, "none")
+    check_residuals(kind_of(small_llama(dtype=dtype), kind))
 
 
 @pytest.mark.parametrize("name", sorted(set(SMALL_MODELS) - {"llama", "llama tied", "scan", "widening"}))
 def test_residuals_are_exactly_what_the_runtime_keeps(name: str) -> None:
     for found in analyse(SMALL_MODELS[name]()).kinds.values():
-        assert _sizes(found.profile.residuals, found.profile.classes) == _really_kept(found, "none")
+        check_residuals(found)
+
+
+def test_remat_dots_keeps_products_with_weights_and_attention_runs_again() -> None:
+    """Of a Llama block: queries, keys, values, their mixture projected, gate and up; not the scores."""
+    kind = kind_of(small_llama(), "layers.*").profile
+    heads, kv_heads, mlp = TOKENS * HEADS * HEAD_DIM, TOKENS * KV_HEADS * HEAD_DIM, TOKENS * MLP
+    assert kind.residuals_dots is not None
+    assert _sizes(kind.residuals_dots, kind.classes) == Counter(
+        ("float32", size) for size in (heads, kv_heads, kv_heads, TOKENS * EMBED, mlp, mlp)
+    )
+    again = [dot for dot in kind.dots if dot.phase == "forward" and dot.batched and dot.recomputed]
+    assert again == [dot for dot in kind.dots if dot.phase == "forward" and dot.attention]
 
 
 @pytest.mark.parametrize("name", ["llama", "dropout", "convolutions"])
