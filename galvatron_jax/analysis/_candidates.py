@@ -84,10 +84,14 @@ def spill_class(layer: Layer, found: ClassSet) -> tuple[int, int] | None:
 
 
 def _follows(layer: Layer, h: int, g: int) -> bool:
-    """Tell whether ``g`` stands first or right after ``h`` in every dimension, and beside ``h`` in some product."""
+    """Tell whether ``g`` stands first or right after ``h`` in every dimension, and divides the batched products of ``h``.
+
+    Those of attention: scores and mixture. The head dim, which only the mixture has, would leave the scores whole.
+    """
     dims = [dim for op in layer.ops for v in [*op.inputs, *op.outputs] for dim in layer.dimensions.classes(v)]
     placed = all(dim[:1] == [g] or dim[:2] == [h, g] for dim in dims if g in dim)
-    return placed and any(op.flops and {h, g} <= _held(layer, op) for op in layer.ops)
+    batched = [held for op in layer.ops if op.batched for held in [_held(layer, op)] if h in held]
+    return placed and bool(batched) and all(g in held for held in batched)
 
 
 def _parameter_classes(layer: Layer) -> set[int]:

@@ -125,9 +125,7 @@ def without_gradients(layer: Layer, found: Iterable[Predicted]) -> list[Predicte
     return [collective for collective in found if collective.root not in gradients]
 
 
-def reduction(
-    layer: Layer, op: Op, classes: frozenset[int], kind: CollectiveKind = "all-reduce"
-) -> Predicted:
+def reduction(layer: Layer, op: Op, classes: frozenset[int], kind: CollectiveKind = "all-reduce") -> Predicted:
     """Return the collective that completes the partial results of ``op`` over ``classes``."""
     return Predicted(
         phase=phase_of(op),
@@ -155,4 +153,3 @@ def behind_views(layer: Layer, value: Value) -> Value:
         if op is None or op.name not in ("reshape", "transpose", "squeeze", "expand_dims"):
             return value
         value = op.inputs[0]
-

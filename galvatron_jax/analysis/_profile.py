@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import msgspec
 
-from ..profile import BATCH, SEQ, Candidate, LayerKind, LayerRun, ModelProfile, Ulysses
+from ..profile import BATCH, SEQ, Candidate, Collective, LayerKind, LayerRun, ModelProfile, Ulysses
 from ._candidates import ClassSet, class_sets, spill_class, stream_classes
 from ._collectives import data_collectives, tensor_collectives
 from ._cut import Cut, Segment, cut_layers
@@ -141,7 +141,8 @@ def _analyse_kind(
 
 def _candidate(layer: Layer, found: ClassSet, names: Names, quantities: Quantities) -> Candidate:
     spill = spill_class(layer, found)
-    degree, spilled = found.max_degree, ()
+    degree = found.max_degree
+    spilled: tuple[Collective, ...] = ()
     if spill is not None:
         sizes = {f: layer.dimensions.factors.size(f) for f in (*found.classes, *spill)}
         others = [sizes[f] for f in found.classes if f != spill[0]]

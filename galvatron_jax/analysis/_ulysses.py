@@ -1,8 +1,8 @@
 """Ulysses (Jacobs et al. 2023, arXiv:2309.14509): the sequence is sharded everywhere but inside attention.
 
-Attention is where positions meet positions: every operation that holds ``seq`` twice (scores, probabilities, masks), and
-what lies between two of those (the sums of a softmax). Inside, ``heads`` is sharded in place of ``seq``; a value that
-crosses the border changes from one to the other, which is an all-to-all. Cotangents cross the other way.
+Attention is where positions meet positions: every operation that holds ``seq`` twice (scores, probabilities, masks),
+and what lies between two of those (the sums of a softmax). Inside, ``heads`` is sharded in place of ``seq``; a value
+that crosses the border changes from one to the other, which is an all-to-all. Cotangents cross the other way.
 
 Legal when
 
@@ -221,7 +221,11 @@ def _exchange(layer: Layer, place: _Crossing, heads: frozenset[int]) -> Predicte
     phase = phase_of(readers[0]) if readers else "backward" if maker and phase_of(maker) == "backward" else "forward"
     again: set[Remat] = set()
     if phase == "forward":
-        again = {remat for op in readers for remat in (get_args(Remat) if phase_of(op) == "backward" else layer.recomputed_by(op))}
+        again = {
+            remat
+            for op in readers
+            for remat in (get_args(Remat) if phase_of(op) == "backward" else layer.recomputed_by(op))
+        }
     return Predicted(
         phase=phase,
         kind=kind,

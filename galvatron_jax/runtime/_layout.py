@@ -1,10 +1,11 @@
 """Layouts: from a layer's strategy to the ``PartitionSpec`` of each of its values.
 
 Compute layout of a value, dimension by dimension: ``batch`` over the data axes; a class of the tensor candidate over
-the tensor axes; under sequence parallelism ``seq`` over the tensor axes where the value is stream-like (it carries
-every class of the stream and no tensor class). Under Ulysses ``seq`` over the trailing axes, and inside attention the
-heads in place of it; a value with two positions (scores, masks) is inside. Parameters have three more places to be: *stored* (zero 3 shards them
-over the data axes), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names.
+the tensor axes (one that spills takes the leading ones, what it spills into the rest); under sequence parallelism
+``seq`` over the tensor axes where the value is stream-like (it carries every class of the stream and no tensor class).
+Under Ulysses ``seq`` over the trailing axes, and inside attention the heads in place of it; a value with two positions
+(scores, masks) is inside. Parameters have three more places to be: *stored* (zero 3 shards them over the ranks that
+hold the same), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names.
 """
 
 from __future__ import annotations

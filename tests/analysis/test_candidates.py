@@ -82,6 +82,29 @@ def test_one_kv_head_is_kept_whole_and_its_cotangents_are_reduced() -> None:
     assert counts["backward", "all-reduce", STREAM] == 3
 
 
+def test_kv_heads_spill_into_the_query_heads_of_a_group() -> None:
+    """Grouped queries with tp > kv heads: keys and values are computed alike by the ranks that share a kv head."""
+    found = best(small_llama(heads=8, kv_heads=4, mlp=48), "layers.*")
+    sizes = {"heads": 4, "group": 2, "mlp": 48}
+    assert found.spill == {"heads": "group"}
+    assert found.max_degree == 8
+    assert found.shards(4, sizes) == {"heads": 4, "mlp": 4}
+    assert found.shards(8, sizes) == {"heads": 4, "group": 2, "mlp": 8}
+    assert found.undivided(sizes, 8) == []
+    assert found.undivided({**sizes, "heads": 6}, 4) == ["heads"], "three heads per rank cannot be cut further"
+    per_group = [c for c in found.collectives(8, sizes, sp=False) if c.over == ("group",)]
+    assert {c.array.classes for c in per_group} == {
+        ("batch", "head_dim", "heads", "seq"),
+        ("batch", "head_dim2", "heads", "seq"),
+    }
+    assert found.collectives(4, sizes, sp=False) == found.tensor
+
+
+def test_heads_without_groups_do_not_spill() -> None:
+    assert not best(small_llama(heads=4, kv_heads=4), "layers.*").spill
+    assert not best(transformers(), "blocks.*").spill
+
+
 def test_merged_sums_leave_megatrons_two_and_two() -> None:
     merged: Counter[str] = Counter()
     for item in best(small_llama(heads=4, kv_heads=4), "layers.*").tensor:
@@ -98,7 +121,6 @@ def test_sequence_parallelism_scatters_what_it_reduced_and_gathers_before_produc
 
 
 def test_degree_divides_all_classes() -> None:
-    assert best(small_llama(heads=8, kv_heads=4, mlp=48), "layers.*").max_degree == 4
     assert best(small_llama(heads=8, kv_heads=8, embed=64, mlp=36), "layers.*").max_degree == 4
     assert best(perceptrons(mlp=60), "blocks.*").max_degree == 60
 
