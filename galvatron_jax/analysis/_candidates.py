@@ -84,7 +84,7 @@ def spill_class(layer: Layer, found: ClassSet) -> tuple[int, int] | None:
 
 
 def _follows(layer: Layer, h: int, g: int) -> bool:
-    """Tell whether ``g`` stands first or right after ``h`` in every dimension, and divides the batched products of ``h``.
+    """Tell whether ``g`` stands first or right after ``h`` in every dimension, and divides all batched products of it.
 
     Those of attention: scores and mixture. The head dim, which only the mixture has, would leave the scores whole.
     """
