@@ -231,7 +231,7 @@ class StagePrograms:
 
 
 def _stored_copy(slot: Slot, leaves: Sequence[Any]) -> jax.Array:
-    """Return one stored array with the values of the user's ``leaves``; slot by slot, so that two copies never add up."""
+    """Return one stored array with the values of the user's ``leaves``; slot by slot: two copies never add up."""
     parts = [_copied(leaf, slot.leaf_sharding("parameter")) for leaf in leaves]
     if not slot.is_stacked:
         return parts[0]
