@@ -1,0 +1,183 @@
+"""The plans of the ledger: each family of strategies on each model, and random ones that nobody looked at before.
+
+``fitted`` plans are those whose compiled programs were read while the memory formulas were written; all others are held
+out: they judge. Random plans come from a seed and the legality rules alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+
+from galvatron_jax.analysis import analyse_model
+from galvatron_jax.cluster import Cluster
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, strategy_violations
+from galvatron_jax.profile import ModelProfile
+
+from . import models
+
+CLUSTER = Cluster(nodes=2, gpus_per_node=8, gpu="h100")
+RANDOM_SEED, RANDOM_PLANS = 2026, 14
+LARGEST_SAMPLES = 4
+"""Samples per device of a random plan: every one compiles within a GPU's memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One plan of one model on ``CLUSTER``."""
+
+    model: str
+    """Function of ``models``."""
+    global_batch: int
+    blocks: tuple[tuple[Strategy, int], ...]
+    """Strategies of the repeated layers in order, with the share of the layers that each takes (of the sum)."""
+    edges: Strategy
+    """Strategy of embedding and head."""
+    microbatches: int = 1
+    fitted: bool = False
+
+
+def case(
+    model: str,
+    global_batch: int,
+    *strategies: Strategy,
+    edges: Strategy | None = None,
+    m: int = 1,
+    fitted: bool = False,
+) -> Case:
+    """Return a case; without ``edges`` embedding and head take the first strategy, unsharded along the sequence."""
+    first = strategies[0]
+    edges = edges or Strategy(tp=first.tp, sp=first.sp, ulysses=first.ulysses, dp=first.dp, zero=first.zero)
+    return Case(model, global_batch, tuple((s, 1) for s in strategies), edges, m, fitted)
+
+
+_7B, _70B, _100M = "llama_7b_four_layers", "llama_70b_three_layers", "llama_100m"
+_GPT2, _BERT, _VIT = "gpt2_large_six_layers", "bert_large_eight_layers", "vit_huge_six_layers"
+S = Strategy
+
+CASES: dict[str, Case] = {
+    "7B, dp, remat": case(_7B, 32, S(dp=16, remat="full"), fitted=True),
+    "7B, zero 1": case(_7B, 32, S(dp=16, zero=1), fitted=True),
+    "7B, zero 2": case(_7B, 32, S(dp=16, zero=2), fitted=True),
+    "7B, zero 2, remat, 4 microbatches": case(_7B, 64, S(dp=16, zero=2, remat="full"), m=4, fitted=True),
+    "7B, fsdp": case(_7B, 32, S(dp=16, zero=3), fitted=True),
+    "7B, fsdp, remat": case(_7B, 32, S(dp=16, zero=3, remat="full"), fitted=True),
+    "7B, fsdp, remat, 2 microbatches": case(_7B, 64, S(dp=16, zero=3, remat="full"), m=2, fitted=True),
+    "7B, tp 8, sp, zero 1": case(_7B, 8, S(tp=8, sp=True, dp=2, zero=1), fitted=True),
+    "7B, tp 8, sp, zero 1, remat": case(_7B, 32, S(tp=8, sp=True, dp=2, zero=1, remat="full"), fitted=True),
+    "7B, tp 4, sp, zero 3": case(_7B, 16, S(tp=4, sp=True, dp=4, zero=3), fitted=True),
+    "7B, fsdp, dots": case(_7B, 32, S(dp=16, zero=3, remat="dots")),
+    "7B, hsdp 2, remat": case(_7B, 32, S(dp=16, zero=3, replicas=2, remat="full")),
+    "7B, ulysses 4, fsdp": case(_7B, 16, S(ulysses=4, dp=4, zero=3)),
+    "7B, tp 8, zero 1, remat": case(_7B, 8, S(tp=8, dp=2, zero=1, remat="full")),
+    "7B, tp 4, zero 2, 2 microbatches": case(_7B, 16, S(tp=4, dp=4, zero=2), m=2),
+    "7B, tp 2, zero 3, remat": case(_7B, 32, S(tp=2, dp=8, zero=3, remat="full")),
+    "7B, fsdp without and with remat": case(_7B, 32, S(dp=16, zero=3), S(dp=16, zero=3, remat="full")),
+    "7B, tp 2 then fsdp": case(_7B, 32, S(tp=2, sp=True, dp=8, zero=3), S(dp=16, zero=3)),
+    "7B whole, fsdp, remat": case("llama_7b", 64, S(dp=16, zero=3, remat="full"), m=2),
+    "7B whole, fsdp": case("llama_7b", 32, S(dp=16, zero=3)),
+    "7B whole, tp 8, sp, zero 1, remat": case("llama_7b", 32, S(tp=8, sp=True, dp=2, zero=1, remat="full"), m=2),
+    "70B, fsdp, remat": case(_70B, 16, S(dp=16, zero=3, remat="full")),
+    "70B, tp 8, sp, zero 3": case(_70B, 4, S(tp=8, sp=True, dp=2, zero=3)),
+    "70B, tp 8, sp, zero 1, remat": case(_70B, 8, S(tp=8, sp=True, dp=2, zero=1, remat="full"), m=2),
+    "70B, tp 4, sp, fsdp, dots": case(_70B, 8, S(tp=4, sp=True, dp=4, zero=3, remat="dots")),
+    "70B, hsdp 2": case(_70B, 16, S(dp=16, zero=3, replicas=2, remat="full"), m=1),
+    "100M, zero 1": case(_100M, 128, S(dp=16, zero=1), fitted=True),
+    "100M, fsdp, remat": case(_100M, 256, S(dp=16, zero=3, remat="full"), fitted=True),
+    "100M, tp 2, sp, zero 1": case(_100M, 128, S(tp=2, sp=True, dp=8, zero=1), fitted=True),
+    "100M, dp, 4 microbatches": case(_100M, 256, S(dp=16), m=4),
+    "GPT-2, dp": case(_GPT2, 64, S(dp=16)),
+    "GPT-2, zero 2, dots": case(_GPT2, 128, S(dp=16, zero=2, remat="dots")),
+    "GPT-2, fsdp, remat, 2 microbatches": case(_GPT2, 256, S(dp=16, zero=3, remat="full"), m=2),
+    "GPT-2, tp 4, sp": case(_GPT2, 64, S(tp=4, sp=True, dp=4, zero=1)),
+    "BERT, dp": case(_BERT, 256, S(dp=16)),
+    "BERT, zero 1, 2 microbatches": case(_BERT, 512, S(dp=16, zero=1), m=2),
+    "BERT, fsdp, remat": case(_BERT, 512, S(dp=16, zero=3, remat="full")),
+    "BERT, tp 2, zero 2": case(_BERT, 256, S(tp=2, dp=8, zero=2)),
+    "ViT, dp, remat": case(_VIT, 512, S(dp=16, remat="full")),
+    "ViT, zero 3": case(_VIT, 256, S(dp=16, zero=3)),
+    "ViT, tp 2, zero 1": case(_VIT, 256, S(tp=2, dp=8, zero=1), edges=S(dp=16, zero=1)),
+}
+
+
+@functools.cache
+def profile_of(model: str) -> ModelProfile:
+    """Return the present profile of a model: estimates are made with the analysis as it is now."""
+    build, loss, batch = getattr(models, model)()
+    return analyse_model(build, loss, batch, name=model).profile
+
+
+def plan_of(case: Case) -> Plan:
+    """Return the plan of a case for the model as it is analysed now."""
+    profile = profile_of(case.model)
+    total = sum(run.count for run in profile.layers if _is_block(run.kind))
+    blocks = _dealt(case.blocks, total)
+    runs: list[PlanRun] = []
+    for run in profile.layers:
+        strategies = [blocks.pop(0) for _ in range(run.count)] if _is_block(run.kind) else [case.edges] * run.count
+        for strategy in strategies:
+            if runs and (runs[-1].kind, runs[-1].strategy) == (run.kind, strategy):
+                runs[-1] = PlanRun(kind=run.kind, count=runs[-1].count + 1, strategy=strategy)
+            else:
+                runs.append(PlanRun(kind=run.kind, count=1, strategy=strategy))
+    return Plan(
+        model=model_reference(profile),
+        cluster=CLUSTER,
+        global_batch=case.global_batch,
+        microbatches=case.microbatches,
+        stages=(Stage(devices=CLUSTER.devices, runs=tuple(runs)),),
+    )
+
+
+def random_cases() -> dict[str, Case]:
+    """Return legal plans drawn from a seed: never looked at, they only judge."""
+    draw = random.Random(RANDOM_SEED)
+    found: dict[str, Case] = {}
+    while len(found) < RANDOM_PLANS:
+        model = draw.choice([_7B, _70B, _100M, _GPT2, _BERT, _VIT])
+        blocks, edges = _random_strategy(draw), _random_strategy(draw)
+        m, samples = draw.choice([1, 1, 2, 4]), draw.choice([1, 2, LARGEST_SAMPLES])
+        candidate = Case(model, samples * m * CLUSTER.devices // blocks.inner, ((blocks, 1),), edges, m)
+        if _is_legal(candidate):
+            found[f"random {len(found) + 1}: {model.split('_')[0]} {model.split('_')[1]}, {blocks}, edges {edges}"] = (
+                candidate
+            )
+    return found
+
+
+def _random_strategy(draw: random.Random) -> Strategy:
+    inner = draw.choice([1, 1, 2, 4, 8])
+    style = draw.choice(["tp", "sp", "ulysses"]) if inner > 1 else ""
+    zero = draw.choice([0, 1, 2, 3, 3])
+    return Strategy(
+        tp=inner if style in ("tp", "sp") else 1,
+        sp=style == "sp",
+        ulysses=inner if style == "ulysses" else 1,
+        dp=CLUSTER.devices // inner,
+        zero=zero,
+        replicas=draw.choice([1, 1, 2]) if zero and inner < 8 else 1,
+        remat=draw.choice(["none", "dots", "full"]),
+    )
+
+
+def _is_legal(candidate: Case) -> bool:
+    plan, profile = plan_of(candidate), profile_of(candidate.model)
+    return not any(
+        strategy_violations(profile.kind(run.kind), run.strategy, plan.microbatch_size)
+        for stage in plan.stages
+        for run in stage.runs
+    )
+
+
+def _is_block(kind: str) -> bool:
+    return kind not in ("embed", "head")
+
+
+def _dealt(blocks: tuple[tuple[Strategy, int], ...], layers: int) -> list[Strategy]:
+    """Give each strategy its share of ``layers``, in order."""
+    total, dealt, ahead = sum(share for _, share in blocks), [], 0
+    for strategy, share in blocks:
+        ahead += share
+        dealt += [strategy] * (layers * ahead // total - len(dealt))
+    return dealt
