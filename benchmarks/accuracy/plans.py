@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import random
 
+import jax
+
 from galvatron_jax.analysis import analyse_model
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, strategy_violations
@@ -105,6 +107,8 @@ CASES: dict[str, Case] = {
 def profile_of(model: str) -> ModelProfile:
     """Return the present profile of a model: estimates are made with the analysis as it is now."""
     build, loss, batch = getattr(models, model)()
+    # A batch of one sample has no batch dimension to shard.
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((CLUSTER.devices, *x.shape[1:]), x.dtype), batch)
     return analyse_model(build, loss, batch, name=model).profile
 
 
