@@ -112,7 +112,17 @@ def load(path: str | Path, kind: type[D]) -> D:
 
 
 def save(document: Document, path: str | Path) -> Path:
-    """Write ``document`` to ``path`` atomically: a reader sees the old file or the new one, never half of it.
+    """Write ``document`` to ``path`` atomically; errors as ``write_text``."""
+    return write_text(encode(document), path, document.DOCUMENT)
+
+
+def write_text(text: str, path: str | Path, name: str) -> Path:
+    """Write ``text`` to ``path`` atomically: a reader sees the old file or the new one, never half of it.
+
+    Args:
+        text: The content.
+        path: The file; its folder is made.
+        name: What the file is, for messages.
 
     Raises:
         DocumentError: the folder cannot be written, or ``path`` is a symbolic link.
@@ -125,7 +135,7 @@ def save(document: Document, path: str | Path) -> Path:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(encode(document))
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
@@ -135,7 +145,7 @@ def save(document: Document, path: str | Path) -> Path:
             raise
     except OSError as error:
         raise DocumentError(
-            f"cannot write the {document.DOCUMENT}: {error.strerror or error}",
+            f"cannot write the {name}: {error.strerror or error}",
             where=str(path),
             action="choose another path",
         ) from None

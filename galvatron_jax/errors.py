@@ -67,6 +67,12 @@ class DeviceMismatchError(GalvatronError, RuntimeError):
     exit_code = 4
 
 
+class BusyError(GalvatronError, BlockingIOError):
+    """Another process is writing the same file."""
+
+    exit_code = 4
+
+
 class ToolchainError(GalvatronError, RuntimeError):
     """The compiler for another kind of device is not installed, failed or took too long."""
 

@@ -25,5 +25,9 @@ from ._stream import relayout_steps as relayout_steps
 from ._stream import stream_arrays as stream_arrays
 from ._stream import stream_sizes as stream_sizes
 from ._stream import wire_strategy as wire_strategy
+from ._timeline import MemoryLevel as MemoryLevel
+from ._timeline import PlanTimeline as PlanTimeline
+from ._timeline import Span as Span
+from ._timeline import plan_timeline as plan_timeline
 from ._values import LayerCost as LayerCost
 from ._values import Setting as Setting

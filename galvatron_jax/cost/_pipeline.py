@@ -68,6 +68,16 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequen
     """
     if len(stages) == 1:
         return _one_stage(schedule, stages[0])
+    ends = play(schedule, stages, transfer_s)
+    return _timeline(
+        schedule, stages, [max(end for key, end in ends.items() if key[0] == s) for s in range(len(stages))]
+    )
+
+
+def play(
+    schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequence[float]
+) -> dict[tuple[int, str, int], float]:
+    """Return when every action ends, by (stage, phase, microbatch); arguments and errors as ``simulate``."""
     clock, position = [0.0] * len(stages), [0] * len(stages)
     ends: dict[tuple[int, str, int], float] = {}
     left, moved = sum(len(actions) for actions in schedule), True
@@ -88,7 +98,7 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequen
         raise PlanError(
             f"the schedule waits for itself with {left} actions left", action="use a schedule of galvatron_jax.schedule"
         )
-    return _timeline(schedule, stages, clock)
+    return ends
 
 
 def _arrival(

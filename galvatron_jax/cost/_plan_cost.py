@@ -61,6 +61,12 @@ def estimate_plan(plan: Plan, model: ModelProfile, hardware: HardwareProfile) ->
     )
 
 
+def stage_times(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> tuple[list[StageTime], list[float]]:
+    """Return the times of every stage, and the seconds of a message over every boundary."""
+    stages = [_price_stage(plan, s, model, hardware).time for s in range(len(plan.stages))]
+    return stages, [_transfer_seconds(plan, s, model, hardware) for s in range(len(plan.stages) - 1)]
+
+
 def sample_flops(model: ModelProfile) -> float:
     """Return the model FLOPs of one sample: forward and backward products, causal attention counted half."""
     skipped = 1 - CAUSAL_SHARE if model.causal_attention else 0.0

@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from ..cluster import Cluster
 from ..cost import memory_budget
 from ..errors import GalvatronError
-from ..plan import Plan, Training
+from ..plan import Plan, ScheduleName, Training
 from ..profile import HardwareProfile, ModelProfile
 from ._baselines import Baseline, price_baselines
 from ._engine import Engine, Outcome, Stop
 from ._infeasible import explain_infeasible
 from ._plan_building import outcome_plan, peak_bytes
-from ._pricing import Problem
+from ._pricing import PriceList, Problem
+from ._rules import Rule
 from ._space import Limits, default_batches
+from ._split import Split, split_layers
 
 MAX_GLOBAL_BATCH = 1_000_000
 MAX_BATCHES = 64
@@ -35,15 +38,18 @@ class SearchResult:
 
     plan: Plan
     baselines: tuple[Baseline, ...]
+    """Priced without the rules, so that they show what these cost."""
     global_batches: tuple[int, ...]
     candidates: int
-    """(global batch, microbatches, stages) in the space."""
+    """(global batch, microbatches, stages, schedule) in the space."""
     solved: int
     """Of these, solved exactly; bounds excluded the others."""
     stopped: bool
     """The search ended before the proof was complete; the plan's certificate holds the gap."""
     search_s: float
     """Wall-clock seconds of the search, baselines included."""
+    split: Split
+    """The problem that was solved."""
 
 
 def find_plan(
@@ -57,6 +63,8 @@ def find_plan(
     max_stages: int | None = None,
     max_tp: int | None = None,
     microbatches: Sequence[int] | None = None,
+    schedules: Sequence[ScheduleName] | None = None,
+    rules: Sequence[Rule] = (),
     time_limit_s: float | None = None,
     watch: Watch | None = None,
 ) -> SearchResult:
@@ -74,6 +82,8 @@ def find_plan(
         max_stages: Most pipeline stages; 1 for no pipeline.
         max_tp: Largest tensor-parallel degree.
         microbatches: Allowed microbatch counts; None: all divisors of the batch.
+        schedules: Allowed schedules; None: all.
+        rules: What layers may use, made by ``pin`` and ``forbid``, for example ``[pin("layers 0-3: tp=8")]``.
         time_limit_s: End the search after so many seconds, but not before it has a plan.
         watch: Called often; may end the search.
 
@@ -84,41 +94,69 @@ def find_plan(
     """
     start = time.monotonic()
     batches = _checked_batches(global_batches or default_batches(cluster, model))
+    limits = Limits(
+        max_stages=max_stages,
+        max_tp=max_tp,
+        microbatches=None if microbatches is None else tuple(microbatches),
+        schedules=None if schedules is None else tuple(schedules),
+        rules=tuple(rules),
+    )
     problem = Problem(
         model=model,
         cluster=cluster,
         hardware=hardware,
         training=training or Training(),
         budget_bytes=memory_budget(hardware) if memory_bytes is None else memory_bytes,
-        limits=Limits(
-            max_stages=max_stages, max_tp=max_tp, microbatches=None if microbatches is None else tuple(microbatches)
-        ),
+        limits=limits,
     )
-    engine = Engine(problem, batches, _poll(start, time_limit_s, watch))
-    outcome, plan = _search(engine)
+    split = split_layers(problem)
+    engine = Engine(split.problem, batches, _poll(start, time_limit_s, watch))
+    outcome, plan = search(engine)
     if plan is None:
         if outcome.stopped:
             raise GalvatronError("the search was stopped before it had a plan", action="give it more time")
         raise explain_infeasible(engine)
     return SearchResult(
-        plan=plan,
-        baselines=price_baselines(engine),
+        plan=split.restore(plan),
+        baselines=price_baselines(Engine(split.given, batches) if limits.rules else engine),
         global_batches=batches,
         candidates=outcome.candidates,
         solved=outcome.solved,
         stopped=outcome.stopped,
         search_s=time.monotonic() - start,
+        split=split,
     )
 
 
-def _search(engine: Engine) -> tuple[Outcome, Plan | None]:
+def best_plan(
+    split: Split, batches: Sequence[int], *, prices: PriceList | None = None, below: float = inf
+) -> Plan | None:
+    """Return the fastest plan of ``split``, for the questions that ask for many plans; None when nothing fits.
+
+    Args:
+        split: The problem.
+        batches: Global batches to choose from.
+        prices: Of a problem that differs in its memory budget or batches only; None makes them.
+        below: Only plans that take fewer seconds per sample count.
+    """
+    engine = Engine(split.problem, batches, below_s_per_sample=below)
+    if prices is not None:
+        engine.prices = prices
+    _, plan = search(engine)
+    return None if plan is None else split.restore(plan)
+
+
+def search(engine: Engine) -> tuple[Outcome, Plan | None]:
+    """Run the engine and write its plan down, which fits the budget to the last byte."""
     outcome = engine.run()
     plan = outcome_plan(engine.problem, outcome)
     if plan is not None and peak_bytes(plan) > engine.problem.budget_bytes:
         # Each category of a stage's memory is rounded up to whole bytes: a plan that fills the budget to the last byte
         # can exceed it by less than one byte for each.
         tighter = replace(engine.problem, budget_bytes=engine.problem.budget_bytes - ROUNDED_CATEGORIES)
-        outcome = Engine(tighter, engine.global_batches, engine.poll).run()
+        again = Engine(tighter, engine.global_batches, engine.poll, engine.below_s_per_sample)
+        again.prices = engine.prices
+        outcome = again.run()
         plan = outcome_plan(engine.problem, outcome)
     return outcome, plan
 

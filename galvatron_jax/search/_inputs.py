@@ -43,8 +43,8 @@ class Inputs:
     """Why this GPU, when the user did not say; else empty."""
 
 
-def load_inputs(options: Options) -> Inputs:
-    """Read the model and hardware that ``options`` name.
+def load_inputs(options: Options, cluster: Cluster) -> Inputs:
+    """Read the model and hardware that ``options`` name, for ``cluster``.
 
     Raises:
         DocumentNotFoundError: there is no such preset, GPU or file.
@@ -68,7 +68,7 @@ def load_inputs(options: Options) -> Inputs:
             f"reserved_bytes {hardware.reserved_bytes} leave nothing of memory_bytes {hardware.memory_bytes}",
             where=hardware_source,
         )
-    cluster = msgspec.structs.replace(options.cluster, gpu=hardware.name)
+    cluster = msgspec.structs.replace(cluster, gpu=hardware.name)
     return Inputs(
         model=model,
         model_source=where,
@@ -177,12 +177,12 @@ def _model(options: Options) -> tuple[ModelProfile, str]:
         if options.model.endswith(".json") or len(Path(options.model).parts) > 1:
             raise GalvatronError(f"got {options.model!r}", expected="a preset", where="--model", action="use --profile")
         model, source = load_model_profile(options.model), "stored profile of a preset"
-    _check_model(model, source)
+    check_model(model, source)
     model = model if options.seq is None else model.at_seq(options.seq)
     return (model if options.dtype is None else model.at_dtype(options.dtype)), clean(source)
 
 
-def _check_model(model: ModelProfile, where: str) -> None:
+def check_model(model: ModelProfile, where: str) -> None:
     """Refuse a profile that contradicts itself, with every violation."""
     names = [kind.name for kind in model.kinds]
     found = [f"layers name the unknown kind {run.kind!r}" for run in model.layers if run.kind not in names]

@@ -3,71 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 from ..cluster import Cluster, parse_cluster
 from ..errors import GalvatronError
+from ..schedule import ScheduleName
 from ..units import parse_bytes
+from ._flags import DEFAULT_MODEL, DEFAULT_OUT, EXAMPLES, FLAGS, PROGRAM, SPECIAL
+from ._rules import Rule, forbid, pin
+from ._spaces import SPACES, named_space
 
-DEFAULT_MODEL = "llama2-7b"
-DEFAULT_OUT = Path("configs/optimal_solution.json")
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
 MAX_SEQ = 2**24
-EXAMPLES = """\
-examples:
-  python -m galvatron_jax.search --mesh 2x8
-  python -m galvatron_jax.search --mesh 4x8 --gpu h100 --model llama3-70b --global-batch 512,1024
-  python -m galvatron_jax.search --mesh 1x8 --gpu a100-40g --memory 34GiB --no-pp --json > plan.json
-
-exit status: 0 done, 2 bad input, 3 nothing fits the memory, 4 environment, 130 interrupted (the best plan so far is
-written)
-"""
-
-
-FLAGS = {
-    "what to train, and where": (
-        ("--mesh", "NODESxGPUS", "the cluster, for example 2x8: two nodes of eight GPUs"),
-        ("--gpu", "NAME", "a100-40g, a100-80g, h100, h200, b200, cpu (default: what nvidia-smi shows, else h100)"),
-        ("--hardware", "FILE", "hardware profile to use instead of a bundled one"),
-        ("--memory", "SIZE", "budget per GPU, for example 72GiB (default: capacity less driver, NCCL and slack)"),
-        ("--model", "NAME", f"preset, for example llama3-8b (default: {DEFAULT_MODEL})"),
-        ("--profile", "FILE", "model profile to use instead of a preset"),
-        ("--seq", "N", "sequence length (default: the model's)"),
-        ("--dtype", "NAME", "compute dtype: bfloat16, float16, float32 (default: the model's)"),
-        ("--attention", "KIND", "fused: a kernel that keeps no scores (cuDNN; 16-bit dtypes), or xla: scores in memory,"
-         " as auto_shard 0.1 runs it (default: fused where the GPU has it)"),
-        ("--global-batch", "N,N,...", "samples per step to choose from (default: the largest three of 1, 2, 4, 8, 16,"
-         " 32 per GPU that stay within 16 Mi tokens)"),
-    ),
-    "what to leave out": (
-        ("--microbatches", "N,N,...", "allowed microbatch counts (default: all divisors of the batch)"),
-        ("--max-pp", "N", "most pipeline stages"),
-        ("--no-pp", "", "no pipeline: the same as --max-pp 1"),
-        ("--max-tp", "N", "largest tensor-parallel degree"),
-        ("--time-limit", "SECONDS", "stop then, with the best plan so far and the gap that is proven"),
-    ),
-    "output": (
-        ("--out", "FILE", f"plan file (default: {DEFAULT_OUT}; with --json: none)"),
-        ("--force", "", "overwrite --out even if it is not a plan file"),
-        ("--json", "", "print the plan document, and nothing else, on stdout"),
-        ("--quiet", "", "print nothing but errors (and the document with --json)"),
-        ("--debug", "", "show the traceback of an error"),
-    ),
-}  # fmt: skip
-"""(flag, name of its value or nothing, help) by group."""
+MAX_MESHES = 16
+MAX_TOP = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What the user asked for."""
 
-    cluster: Cluster
+    clusters: tuple[Cluster, ...]
     gpu: str | None
     hardware: Path | None
+    peer: Path | None
+    """Folder with another tool's measurements."""
     memory_bytes: int | None
     model: str
     profile: Path | None
@@ -75,16 +40,30 @@ class Options:
     dtype: str | None
     attention: str | None
     global_batches: tuple[int, ...] | None
+    space: str
+    rules: tuple[Rule, ...]
+    """Those of the space included."""
     microbatches: tuple[int, ...] | None
+    schedules: tuple[ScheduleName, ...] | None
     max_stages: int | None
     max_tp: int | None
     time_limit_s: float | None
+    explain: bool
+    top: int
+    frontier: bool
+    price_per_hour: float | None
+    report: Path | None
     out: Path
     out_given: bool
     force: bool
     json: bool
     quiet: bool
     debug: bool
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster to plan for, when it is one."""
+        return self.clusters[0]
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -95,25 +74,36 @@ def parse_options(argv: Sequence[str]) -> Options:
         SystemExit: ``--help`` or ``--version`` was given.
     """
     found = _parser().parse_args(_joined(argv))
-    if found.gpu is not None and found.hardware is not None:
-        raise GalvatronError("got both --gpu and --hardware", expected="one of them", action="leave one out")
-    if found.model is not None and found.profile is not None:
-        raise GalvatronError("got both --model and --profile", expected="one of them", action="leave one out")
+    _check_alone(found, "hardware", "gpu", "profile_from")
+    _check_alone(found, "model", "profile")
+    clusters = _clusters(found.mesh)
+    name = _choice(found.space or "full", SPACES, "--space")
+    space = named_space(name, clusters[0])
+    given = 1 if found.no_pp else _optional(found.max_pp, "--max-pp")
     return Options(
-        cluster=parse_cluster(found.mesh),
+        clusters=clusters,
         gpu=found.gpu,
         hardware=found.hardware,
+        peer=_peer(found.profile_from),
         memory_bytes=None if found.memory is None else parse_bytes(found.memory),
         model=found.model or DEFAULT_MODEL,
         profile=found.profile,
         seq=_optional(found.seq, "--seq", MAX_SEQ),
         dtype=_dtype(found.dtype),
-        attention=_attention(found.attention),
+        attention=None if found.attention is None else _choice(found.attention, ("fused", "xla"), "--attention"),
         global_batches=_numbers(found.global_batch, "--global-batch"),
+        space=name,
+        rules=(*space.rules, *(pin(text) for text in found.pin), *(forbid(text) for text in found.forbid)),
         microbatches=_numbers(found.microbatches, "--microbatches"),
-        max_stages=1 if found.no_pp else _optional(found.max_pp, "--max-pp"),
+        schedules=_schedules(found.schedule),
+        max_stages=min((n for n in (given, space.max_stages) if n is not None), default=None),
         max_tp=_optional(found.max_tp, "--max-tp"),
         time_limit_s=_seconds(found.time_limit),
+        explain=found.explain,
+        top=_optional(found.top, "--top", MAX_TOP) or 0,
+        frontier=found.frontier,
+        price_per_hour=_price(found.price),
+        report=found.report,
         out=found.out or DEFAULT_OUT,
         out_given=found.out is not None,
         force=found.force,
@@ -123,11 +113,12 @@ def parse_options(argv: Sequence[str]) -> Options:
     )
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Errors are raised like all others instead of printed with a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise GalvatronError(message, action="see python -m galvatron_jax.search --help")
+        """Raise the error with the command that helps."""
+        raise GalvatronError(message, action=f"see {self.prog} --help")
 
 
 class _Version(argparse.Action):
@@ -141,8 +132,9 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m galvatron_jax.search",
+    parser = Parser(
+        prog=PROGRAM,
+        usage="%(prog)s --mesh NODESxGPUS [options]\n       %(prog)s {explain,diff,report} PLAN ...",
         description="Find the fastest way to spread a model over GPUs, and prove that it is. Needs no GPU.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -153,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
         for flag, metavar, text in flags:
             if metavar:
                 kind = Path if metavar == "FILE" else str
-                group.add_argument(flag, metavar=metavar, type=kind, required=flag == "--mesh", help=text)
+                how = {"metavar": metavar, "type": kind, **SPECIAL.get(flag, {})}
+                group.add_argument(flag, help=text, **how)
             else:
                 group.add_argument(flag, action="store_true", help=text)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -169,6 +162,46 @@ def _joined(argv: Sequence[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
+
+
+def _check_alone(found: argparse.Namespace, *names: str) -> None:
+    given = ["--" + name.replace("_", "-") for name in names if getattr(found, name) is not None]
+    if len(given) > 1:
+        both = "both " * (len(given) == 2)
+        raise GalvatronError(
+            f"got {both}{' and '.join(sorted(given))}", expected="one of them", action="leave the others out"
+        )
+
+
+def _clusters(text: str) -> tuple[Cluster, ...]:
+    clusters = tuple(parse_cluster(part) for part in text.split(","))
+    if len(clusters) > MAX_MESHES:
+        raise GalvatronError(f"got {len(clusters)} meshes", expected=f"at most {MAX_MESHES}", where="--mesh")
+    return clusters
+
+
+def _peer(words: list[str] | None) -> Path | None:
+    if words is None:
+        return None
+    _choice(words[0], ("galvatron",), "--profile-from")
+    return Path(words[1])
+
+
+def _schedules(text: str | None) -> tuple[ScheduleName, ...] | None:
+    if text is None:
+        return None
+    names: tuple[ScheduleName, ...] = get_args(ScheduleName)
+    asked = [_choice(part.strip(), names, "--schedule") for part in text.split(",")]
+    return tuple(name for name in names if name in asked)
+
+
+def _choice(text: str, names: Sequence[str], where: str) -> str:
+    if text in names:
+        return text
+    close = difflib.get_close_matches(text, names, n=1)
+    expected = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    action = f"did you mean {close[0]}?" if close else f"for example {where} {names[0]}"
+    raise GalvatronError(f"got {text!r}", expected=expected, where=where, action=action)
 
 
 def _number(text: str, where: str, most: int = 10**7) -> int:
@@ -187,15 +220,7 @@ def _numbers(text: str | None, where: str) -> tuple[int, ...] | None:
 
 def _dtype(text: str | None) -> str | None:
     name = DTYPES.get(text.lower(), text.lower()) if text else None
-    if name is not None and name not in DTYPES.values():
-        raise GalvatronError(f"got {text!r}", expected="one of bfloat16, float16, float32", where="--dtype")
-    return name
-
-
-def _attention(text: str | None) -> str | None:
-    if text not in (None, "fused", "xla"):
-        raise GalvatronError(f"got {text!r}", expected="fused or xla", where="--attention")
-    return text
+    return None if name is None else _choice(name, ("bfloat16", "float16", "float32"), "--dtype")
 
 
 def _seconds(text: str | None) -> float | None:
@@ -204,3 +229,14 @@ def _seconds(text: str | None) -> float | None:
     if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text, flags=re.ASCII):
         return float(text)
     raise GalvatronError(f"got {text!r}", expected="seconds, for example 30", where="--time-limit")
+
+
+def _price(text: str | None) -> float | None:
+    if text is None:
+        return None
+    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,6})?", text, flags=re.ASCII) and float(text) > 0:
+        return float(text)
+    raise GalvatronError(
+        f"got {text!r}", expected="the price of one GPU hour, without a currency", where="--price",
+        action="for example --price 2.50",
+    )  # fmt: skip

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from ..cost import LayerCost, estimate_layer, stage_setting
 from ..plan import Plan, PlanRun, Stage
 from ..profile import HardwareProfile, ModelProfile
-from ..schedule import in_flight_microbatches
+from ..schedule import in_flight_units
 from ..units import GIB, format_count, format_gib, format_seconds
 from ._baselines import Baseline
 from ._find import SearchResult
 from ._text import Line, Piece, clean, labelled, plain, table
+
+RARE = ("ulysses", "hsdp")
+"""Columns that are shown only when a run uses them."""
 
 MEMORY_COLUMNS = ("parameters", "gradients", "optimizer", "residuals", "live", "boundary")
 
@@ -43,25 +46,39 @@ def result_lines(result: SearchResult, model: ModelProfile, hardware: HardwarePr
 def plan_lines(plan: Plan, model: ModelProfile | None, hardware: HardwareProfile | None) -> list[Line]:
     """Return what runs where: one row for each run of layers."""
     stages = _many(len(plan.stages), "stage")
+    chunks = f", {plan.chunks} stages on each GPU" if plan.chunks > 1 else ""
     header = labelled(
         "plan",
         Piece(f"global batch {plan.global_batch} · {stages} of {_many(plan.stages[0].devices, 'GPU')}", "bold"),
         f" · {_many(plan.microbatches, 'microbatch')} of {_many(plan.microbatch_size, 'sample')}",
-        f" · {plan.schedule} schedule" if len(plan.stages) > 1 else "",
+        f" · {plan.schedule} schedule{chunks}" if len(plan.stages) > 1 else "",
     )
-    priced = model is not None and hardware is not None
-    columns = ["layers", "kind", "tp", "sp", "dp", "zero", "remat"] + (["ms/step", "GiB"] if priced else [])
-    rows, first = [], 0
+    columns, rows = run_cells(plan, model, hardware)
+    return [header, *table(columns, rows, left=columns.index("kind") + 1)]
+
+
+def run_cells(
+    plan: Plan, model: ModelProfile | None = None, hardware: HardwareProfile | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return column titles and one row of cells for each run of layers; columns that nothing uses are left out.
+
+    Args:
+        plan: Any plan.
+        model: With ``hardware``, adds the milliseconds and GiB of each run.
+        hardware: See ``model``.
+    """
+    rows: list[dict[str, str]] = []
+    first = 0
     for s, stage in enumerate(plan.stages):
         for run in stage.runs:
-            row = _run_cells(run, first)
+            row = {"stage": f"{s + 1}"} if len(plan.stages) > 1 else {}
+            row |= _run_cells(run, first)
             if model is not None and hardware is not None:
-                row += _run_prices(plan, s, stage, run, model, hardware)
-            rows.append([f"{s + 1}", *row] if len(plan.stages) > 1 else row)
+                row |= _run_prices(plan, s, stage, run, model, hardware)
+            rows.append(row)
             first += run.count
-    if len(plan.stages) > 1:
-        columns = ["stage", *columns]
-    return [header, *table(columns, rows, left=3 if len(plan.stages) > 1 else 2)]
+    columns = [name for name in rows[0] if name not in RARE or any(row[name] != "-" for row in rows)]
+    return columns, [[row[name] for name in columns] for row in rows]
 
 
 def prediction_lines(plan: Plan) -> list[Line]:
@@ -128,28 +145,32 @@ def proof_line(result: SearchResult) -> Line:
     return labelled("proof", verdict, counts if certificate.optimal else "", f" · {result.search_s:.1f} s")
 
 
-def _run_cells(run: PlanRun, first: int) -> list[str]:
+def _run_cells(run: PlanRun, first: int) -> dict[str, str]:
     last, strategy = first + run.count - 1, run.strategy
-    return [
-        f"{first}-{last}" if run.count > 1 else f"{first}",
-        clean(run.kind),
-        f"{strategy.tp}",
-        "yes" if strategy.sp else "-",
-        f"{strategy.dp}",
-        f"{strategy.zero}" if strategy.dp > 1 else "-",
-        strategy.remat if strategy.remat != "none" else "-",
-    ]
+    return {
+        "layers": f"{first}-{last}" if run.count > 1 else f"{first}",
+        "kind": clean(run.kind),
+        "tp": f"{strategy.tp}",
+        "sp": "yes" if strategy.sp else "-",
+        "ulysses": f"{strategy.ulysses}" if strategy.ulysses > 1 else "-",
+        "dp": f"{strategy.dp}",
+        "zero": f"{strategy.zero}" if strategy.zero_ranks * strategy.replicas > 1 else "-",
+        "hsdp": f"{strategy.replicas} x {strategy.zero_ranks}" if strategy.replicas > 1 else "-",
+        "remat": strategy.remat if strategy.remat != "none" else "-",
+    }
 
 
 def _run_prices(
     plan: Plan, s: int, stage: Stage, run: PlanRun, model: ModelProfile, hardware: HardwareProfile
-) -> list[str]:
+) -> dict[str, str]:
     """Milliseconds per step and persistent GiB of all layers of a run."""
     cost = _layer_cost(plan, stage, run, model, hardware)
-    in_flight = in_flight_microbatches(plan.schedule, s, len(plan.stages), plan.microbatches)
+    slice_, chunk = s % plan.slices, s // plan.slices
+    moments = in_flight_units(plan.schedule, slice_, plan.slices, plan.microbatches, plan.chunks)
+    in_flight = max(held[chunk] for held in moments)
     seconds = plan.microbatches * (cost.forward_s + cost.backward_s) + cost.sync_s + cost.update_s
     size = cost.state_bytes + in_flight * cost.residual_bytes
-    return [f"{run.count * seconds * 1e3:.1f}", _gib(run.count * size)]
+    return {"ms/step": f"{run.count * seconds * 1e3:.1f}", "GiB": _gib(run.count * size)}
 
 
 def _layer_cost(plan: Plan, stage: Stage, run: PlanRun, model: ModelProfile, hardware: HardwareProfile) -> LayerCost:

@@ -11,6 +11,8 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TextIO
 
+import msgspec
+
 Style = Literal["", "bold", "dim", "green", "yellow", "red", "cyan"]
 LABEL_WIDTH = 9
 
@@ -60,6 +62,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1
 def plain(lines: Iterable[Line]) -> str:
     """Return the lines as unstyled text with a final newline."""
     return "".join("".join(piece.text for piece in line).rstrip() + "\n" for line in lines)
+
+
+def write_json(value: object, file: TextIO) -> None:
+    """Write a value of our own as JSON, keys in order."""
+    text = msgspec.json.encode(value, order="deterministic")
+    file.write(msgspec.json.format(text, indent=2).decode() + "\n")
 
 
 def show(lines: Iterable[Line], file: TextIO) -> None:

@@ -1,0 +1,69 @@
+"""From a plan file back to the model and hardware that it was made for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from .._document import load
+from ..errors import GalvatronError
+from ..hardware import load_hardware
+from ..models import load_model_profile
+from ..plan import Plan, check_plan, load_plan
+from ..profile import HardwareProfile, ModelProfile
+from ._inputs import check_model
+from .explain import Subject
+
+STALE = "the figures below are priced with the profile given now, those in the plan file were not"
+
+
+def load_subject(path: Path, *, profile: Path | None, hardware: Path | None) -> tuple[Subject, str]:
+    """Return the plan in a file with its model and hardware, and a note when these are not those that priced it.
+
+    Args:
+        path: The plan file.
+        profile: The model's profile; None for a preset.
+        hardware: The hardware profile; None for bundled data.
+
+    Raises:
+        GalvatronError: a file cannot be read, or the model is not the plan's.
+    """
+    plan = load_plan(path)
+    model = _model(plan, path, profile)
+    check_plan(plan, model, where=str(path))
+    devices, note = _hardware(plan, path, hardware)
+    return Subject(plan, model, devices), note
+
+
+def _model(plan: Plan, path: Path, profile: Path | None) -> ModelProfile:
+    if profile is not None:
+        model = load(profile, ModelProfile)
+        check_model(model, str(profile))
+    else:
+        try:
+            model = load_model_profile(plan.model.name)
+        except GalvatronError:
+            raise GalvatronError(
+                f"got a plan for model {plan.model.name!r}, which is no preset",
+                expected="its model profile",
+                where=str(path),
+                action="add --profile FILE, the profile that the plan was searched with",
+            ) from None
+    return model.at_seq(plan.model.seq).at_dtype(plan.model.dtype)
+
+
+def _hardware(plan: Plan, path: Path, hardware: Path | None) -> tuple[HardwareProfile, str]:
+    """The hardware profile; the attention that it was priced with (``--attention``) is found by its fingerprint."""
+    if hardware is None and plan.hardware is None:
+        raise GalvatronError(
+            "the plan names no hardware", expected="--hardware FILE", where=str(path), action="name a hardware profile"
+        )
+    found = load_hardware(hardware if hardware is not None else plan.hardware.name if plan.hardware else "")
+    if plan.hardware is None:
+        return found, ""
+    for fused in (found.fused_attention, not found.fused_attention):
+        priced = msgspec.structs.replace(found, fused_attention=fused)
+        if priced.fingerprint == plan.hardware.fingerprint:
+            return priced, ""
+    return found, f"{plan.hardware.name} has another fingerprint than the profile that priced the plan: {STALE}"

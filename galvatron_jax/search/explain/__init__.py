@@ -1,0 +1,32 @@
+"""Explanations: why a plan is what it is, what else could be run, and what would change it. Never imports jax."""
+
+from ._alternatives import Alternative as Alternative
+from ._alternatives import Reason as Reason
+from ._alternatives import Subject as Subject
+from ._alternatives import layer_alternatives as layer_alternatives
+from ._alternatives import plan_reasons as plan_reasons
+from ._asked import Asked as Asked
+from ._asked import asked_lines as asked_lines
+from ._asked import asked_values as asked_values
+from ._changes import Place as Place
+from ._changes import Price as Price
+from ._changes import places as places
+from ._changes import with_strategy as with_strategy
+from ._diff import PlanDiff as PlanDiff
+from ._diff import diff_plans as diff_plans
+from ._diff_lines import diff_lines as diff_lines
+from ._families import Family as Family
+from ._families import best_families as best_families
+from ._families import family_name as family_name
+from ._frontier import Point as Point
+from ._frontier import memory_frontier as memory_frontier
+from ._lines import binding_lines as binding_lines
+from ._lines import layer_lines as layer_lines
+from ._lines import reason_lines as reason_lines
+from ._lines import scaling_lines as scaling_lines
+from ._lines import what_if_lines as what_if_lines
+from ._scaling import Scale as Scale
+from ._scaling import compare_clusters as compare_clusters
+from ._summary import plan_summary as plan_summary
+from ._what_if import WhatIf as WhatIf
+from ._what_if import what_ifs as what_ifs

@@ -1,0 +1,80 @@
+"""The frontier of memory against throughput: the fastest plan for every of several memory budgets.
+
+Every point is the optimum for its own peak: no plan of the space is faster with as much memory. Between two points lie
+further ones, a layer's remat apart; the budgets are spaced so that about ``POINTS`` remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+from ...plan import Plan
+from .._engine import Engine
+from .._find import best_plan
+from .._infeasible import least_peak_bytes
+from .._split import Split
+from ._summary import peak_of, plan_summary
+
+POINTS = 10
+MORE_MEMORY = (2.0, 1.5, 1.25)
+"""Larger budgets, as multiples of the given one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The fastest plan within ``peak_bytes``."""
+
+    peak_bytes: int
+    tokens_per_s: float
+    fits: bool
+    """Within the given budget."""
+    summary: str
+    plan: Plan
+
+
+def memory_frontier(split: Split, batches: Sequence[int]) -> tuple[Point, ...]:
+    """Return the points of the frontier, the most memory first; up to twice the given budget.
+
+    Args:
+        split: The problem, with the budget.
+        batches: Global batches to choose from.
+    """
+    engine = Engine(split.problem, batches)
+    least = least_peak_bytes(engine)
+    if least is None:
+        return ()
+    points: list[Point] = []
+    given = split.problem.budget_bytes
+    for budget in _budgets(given, least, points):
+        plan = best_plan(
+            replace(split, problem=replace(split.problem, budget_bytes=budget)), batches, prices=engine.prices
+        )
+        if plan is None or plan.predicted is None:
+            continue
+        peak = peak_of(plan)
+        if all(point.peak_bytes > peak for point in points):
+            points.append(
+                Point(
+                    peak_bytes=peak,
+                    tokens_per_s=plan.predicted.tokens_per_s,
+                    fits=peak <= given,
+                    summary=plan_summary(plan),
+                    plan=plan,
+                )
+            )
+    return tuple(points)
+
+
+def _budgets(given: float, least: float, points: Sequence[Point]) -> Iterator[int]:
+    """Yield budgets, falling; each one is below the peak of the point before."""
+    for factor in MORE_MEMORY:
+        yield int(factor * given)
+    budget = int(given)
+    step = max(1, int((budget - least) / POINTS))
+    while budget >= least:
+        yield budget
+        below = points[-1].peak_bytes - 1 if points else budget
+        budget = min(budget - step, below)
+    yield ceil(least) + 8  # each memory category is rounded up to whole bytes
