@@ -21,7 +21,7 @@ from ..units import format_gib
 from ._engine import Candidate, Engine
 from ._knapsack import Floats
 from ._pipeline import SCHEDULE
-from ._pricing import Prices, message_buffers
+from ._pricing import Prices, Problem, message_buffers
 from ._space import Limits
 
 CHANGES = 3
@@ -53,7 +53,7 @@ def explain_infeasible(engine: Engine) -> InfeasibleError:
     if miss is None:
         return InfeasibleError(
             f"no strategy is legal for global batches {list(engine.global_batches)} on {problem.cluster.mesh}"
-            f" within the limits given",
+            f" within the limits given" + _rules_text(problem),
             expected="a microbatch that the data-parallel ranks divide, or a tensor degree that divides the layers",
             action=_changes_text(list(_legal_changes(engine)))
             or "allow other microbatch counts, tensor degrees or stages",
@@ -161,7 +161,24 @@ def _fewer_limits(engine: Engine) -> Iterator[str]:
     if engine.problem.limits != Limits() and _fits(
         Engine(replace(engine.problem, limits=Limits()), engine.global_batches)
     ):
-        yield "leave out --max-pp, --no-pp, --max-tp and --microbatches"
+        yield f"leave out {_given_limits(engine.problem.limits)}"
+
+
+def _given_limits(limits: Limits) -> str:
+    given = {
+        "--max-pp or --no-pp": limits.max_stages or limits.stages,
+        "--max-tp": limits.max_tp,
+        "--microbatches": limits.microbatches,
+        "--schedule": limits.schedules,
+        "--space, --pin or --forbid": limits.rules,
+    }
+    return " and ".join(name for name, value in given.items() if value)
+
+
+def _rules_text(problem: Problem) -> str:
+    """Name the rules, when there are some."""
+    rules = ", ".join(f"{'forbid' if rule.forbids else 'pin'} {str(rule)!r}" for rule in problem.limits.rules)
+    return f" ({rules})" if rules else ""
 
 
 def _shorter_seq(engine: Engine) -> Iterator[str]:

@@ -53,7 +53,7 @@ def test_infeasible_names_the_nearest_miss_and_changes_that_fit() -> None:
 
 def test_infeasible_by_the_users_own_limits_says_so() -> None:
     hardware, cluster = toy_hardware(), parse_cluster("1x2")
-    with pytest.raises(InfeasibleError, match="leave out --max-pp"):
+    with pytest.raises(InfeasibleError, match="leave out --microbatches"):
         find_plan(MODEL, cluster, hardware, global_batches=(512,), memory_bytes=2 * GIB, microbatches=(1,))
     with pytest.raises(InfeasibleError, match=r"microbatch counts \[5\] divides"):
         find_plan(MODEL, cluster, hardware, global_batches=(512,), microbatches=(5,))

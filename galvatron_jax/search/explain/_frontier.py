@@ -71,10 +71,11 @@ def _budgets(given: float, least: float, points: Sequence[Point]) -> Iterator[in
     """Yield budgets, falling; each one is below the peak of the point before."""
     for factor in MORE_MEMORY:
         yield int(factor * given)
-    budget = int(given)
-    step = max(1, int((budget - least) / POINTS))
+    yield int(given)
+    highest = min([given, *(point.peak_bytes for point in points)])  # of the plan within the given budget
+    step = max(1, int((highest - least) / POINTS))
+    budget = int(highest) - step
     while budget >= least:
         yield budget
-        below = points[-1].peak_bytes - 1 if points else budget
-        budget = min(budget - step, below)
+        budget = min(budget - step, points[-1].peak_bytes - 1)
     yield ceil(least) + 8  # each memory category is rounded up to whole bytes
