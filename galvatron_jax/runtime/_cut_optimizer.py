@@ -9,9 +9,9 @@ its update is sorted, equation by equation, like the model is cut into layers. A
 Where an equation takes values of several owners, they must be small, as the norms are of which a global norm is made:
 they are *exported*, exchanged between all stages, and the equation is shared from there on. A first round of exports
 feeds shared values, which owned ones read again (a clipped gradient), which may be exported in a second round (a norm
-of the updates), and so on. Clipping by the global norm adds a second round to the one that every step has: what the
-step reports (loss, norm of all gradients, whether both are finite) and the guard that leaves out a non-finite update are
-traced with the optimizer and cut with it. Sums are taken by the same equations in the same order as on one device.
+of the updates), and so on. What a step reports (loss, norm of all gradients, whether both are finite) and the guard that
+leaves out a non-finite update are traced with the optimizer and cut with it: they are the first round, and clipping by
+the global norm joins it. Sums are taken by the same equations in the same order as on one device.
 
 An equation that mixes whole arrays of several parameters (one vector of everything) has no such cut and is refused.
 """
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,6 +153,18 @@ class Cut:
     """Values to exchange, round by round."""
     owner: Mapping[Variable, int]
     """Of every owned value."""
+    names: Mapping[Variable, str]
+    """Of shared values: equal names, equal values (optax makes the same step count for every parameter anew)."""
+
+
+def name_equation(equation: Equation, inputs: Sequence[str]) -> str:
+    """Return a text that is equal for equations that compute the same from inputs of the same names."""
+    return f"{equation.name}{re.sub(r' at 0x[0-9a-f]+', '', str(equation.eqn.params))}({', '.join(inputs)})"
+
+
+def name_literal(atom: Literal) -> str:
+    """Return the text of a literal."""
+    return f"{atom.val}:{atom.aval.str_short()}"
 
 
 def evaluate(equations: Sequence[Equation], values: Values) -> None:
@@ -197,7 +210,20 @@ def _cut(program: Program, input_owners: Sequence[int | None], result_owners: Se
     for result, wanted in zip(program.outputs, result_owners, strict=True):
         if isinstance(result, Variable) and result in owner and owner[result] != wanted:
             export(result, "a result")
-    return Cut(tuple(shared), {k: tuple(e) for k, e in owned.items()}, tuple(map(tuple, exports)), owner)
+    owned_equations = {k: tuple(e) for k, e in owned.items()}
+    return Cut(tuple(shared), owned_equations, tuple(map(tuple, exports)), owner, _names(shared))
+
+
+def _names(shared: Sequence[Equation]) -> dict[Variable, str]:
+    """Number the values of shared equations so that equal equations of equal inputs make equal numbers."""
+    names: dict[Variable, str] = {}
+    known: dict[str, str] = {}
+    for equation in shared:
+        inputs = [name_literal(v) if isinstance(v, Literal) else names.setdefault(v, f"v{id(v)}") for v in equation.inputs]
+        text = name_equation(equation, inputs)
+        number = known.setdefault(text, f"e{len(known)}")
+        names.update((v, f"{number}.{i}") for i, v in enumerate(equation.outputs))
+    return names
 
 
 def _joins_exchanged(

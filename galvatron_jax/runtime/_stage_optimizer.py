@@ -1,5 +1,8 @@
 """The optimizer's update on one stage, over the arrays in which the stage stores its parameters.
 
+A parameter that several stages hold (a tied embedding) is updated by the first of them, which is sent the gradients of
+the others and sends them the new weights: one update, equal to the last bit, and one optimizer state.
+
 The rows of a stacked slot (a run of layers) follow equal equations in nearly every optimizer; then one row's equations
 run for all of them under ``jax.vmap``, and nothing is unstacked, so a donated state is updated in place. Where rows
 differ (a mask or a rate of their own for some layers), their states are stored row by row.
@@ -9,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from ..analysis import Variable
-from ._cut_optimizer import LOSS, CutOptimizer, Values, evaluate, read
+from ._cut_optimizer import LOSS, CutOptimizer, Values, evaluate, name_equation, name_literal, read
 from ._guard import StepMetrics
 from ._slots import Slot
 
@@ -64,6 +66,8 @@ class StageOptimizer:
 
     cut: CutOptimizer
     slots: tuple[Slot, ...]
+    mirrored: frozenset[int]
+    """Slots that another stage updates."""
     makes_loss: bool
     """The stage is the last one."""
 
@@ -72,6 +76,8 @@ class StageOptimizer:
         """What is updated together, in slot order."""
         found: list[Group] = []
         for position, slot in enumerate(self.slots):
+            if position in self.mirrored:
+                continue
             if not slot.is_stacked or len({self._signature(leaf) for leaf in slot.leaves}) == 1:
                 found.append(Group(position, slot.leaves, slot.is_stacked))
             else:
@@ -120,7 +126,10 @@ class StageOptimizer:
         return jnp.concatenate(parts)
 
     def update(self, inputs: Inputs, known: Values) -> tuple[Arrays, OptimizerState, StepMetrics]:
-        """Return (new weights of each slot, new state, metrics of the step); see ``exports`` for the arguments."""
+        """Return (new weights, new state, metrics of the step); see ``exports`` for the arguments.
+
+        The weights of mirrored slots are returned as they are.
+        """
         values = self._shared_values(inputs, known)
         rows: dict[int, Arrays] = {}
         owned = []
@@ -129,6 +138,8 @@ class StageOptimizer:
             rows.setdefault(group.slot, []).append(weights)
             owned.append(states)
         split = {group.slot for group in self.groups if self._is_split(group)}
+        for k in self.mirrored:
+            rows[k] = [inputs.parameters[k]]
         new = [jnp.stack(rows[k]) if k in split else rows[k][0] for k in range(len(self.slots))]
         shared = [read(values, atom) for atom in self.cut.shared_results()]
         return new, OptimizerState(owned, shared), self.cut.metrics(values)
@@ -180,14 +191,33 @@ class StageOptimizer:
 
         def name(atom: Any) -> str:
             if isinstance(atom, Literal):
-                return f"{atom.val}:{atom.aval.str_short()}"
+                return name_literal(atom)
             if cut.owner.get(atom) == leaf:
                 return f"{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
-            return f"shared {id(atom)}"
+            return cut.names.get(atom, f"v{id(atom)}")
 
         lines = [
-            f"{e.name}{re.sub(r' at 0x[0-9a-f]+', '', str(e.eqn.params))}{[name(v) for v in (*e.inputs, *e.outputs)]}"
+            f"{name_equation(e, [name(v) for v in e.inputs])} -> {[name(v) for v in e.outputs]}"
             for e in cut.owned.get(leaf, ())
         ]
         exports = [[name(v) for v in self._exports_of(leaf, number)] for number in range(len(cut.exports))]
         return "\n".join([*lines, str(exports), str([name(atom) for atom in self.cut.results_of(leaf)])])
+
+
+def receive(optimizers: Sequence[StageOptimizer], number: int, vectors: Sequence[Any]) -> Values:
+    """Return the exchanged values of a round by variable.
+
+    Args:
+        optimizers: Of all stages.
+        number: The round.
+        vectors: What each stage gave (``exports``), possibly longer. A tied parameter counts where it is held first.
+    """
+    found: Values = {}
+    for optimizer, vector in zip(optimizers, vectors, strict=True):
+        offset = 0
+        for variable in optimizer.exported(number):
+            size, shape = variable.aval.size, variable.aval.shape
+            value = jnp.reshape(vector[offset : offset + size], shape).astype(variable.aval.dtype)
+            found.setdefault(variable, value)
+            offset += size
+    return found
