@@ -1,0 +1,194 @@
+"""All programs of one pipeline stage: its passes, and what it does once per step with the gradients.
+
+    begin        zeros
+    passes       forward and backward of every microbatch                                  (``_passes``)
+    gradients    mean gradients; those of mirrored parameters go to the stage that updates them
+    exports      small values that the update needs of all stages, exchanged               (``_cut_optimizer``)
+    update       optimizer, guard, metrics; new weights go to the stages that mirror them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from ._cut_optimizer import Values
+from ._guard import StepMetrics, guarded
+from ._model import StageModel
+from ._passes import StagePasses
+from ._slots import Slot, to_stored, to_user
+from ._stage_optimizer import Inputs, OptimizerState, StageOptimizer
+
+Arrays = list[Any]
+
+Known = Callable[[list[list[Any]]], Values]
+"""From the exchanged vectors of all rounds so far ([slices, n] by chunk) to values by variable."""
+
+
+class Tie(NamedTuple):
+    """A parameter that two stages hold: the first one updates it, the second one mirrors it."""
+
+    owner: int
+    owner_slot: int
+    mirror: int
+    mirror_slot: int
+
+
+class StageState(NamedTuple):
+    """What a stage keeps from step to step."""
+
+    parameters: Arrays
+    """One array per slot."""
+    optimizer: OptimizerState
+    model_state: Arrays
+    """Leaves ``share.state``."""
+    step: Any
+    """int32 scalar."""
+
+
+class Gradients(NamedTuple):
+    """What is left of the passes of a step."""
+
+    slots: Arrays
+    """Mean gradient of each slot; of a mirrored one where its owner wants it."""
+    loss: Any
+    """Mean loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineStage:
+    """The programs of one stage under one optimizer."""
+
+    number: int
+    passes: StagePasses
+    optimizer: StageOptimizer
+    ties: tuple[Tie, ...]
+    """Those that the stage takes part in."""
+    places: Mapping[int, NamedSharding]
+    """Slot of a mirrored parameter: where its gradient is wanted, on this stage's mesh."""
+    tied_places: Sequence[NamedSharding]
+    """Of each tie that it owns: where the mirror wants the new weights, on this stage's mesh."""
+
+    @property
+    def model(self) -> StageModel:
+        """The stage's layers."""
+        return self.passes.model
+
+    @property
+    def owned_ties(self) -> list[Tie]:
+        """Ties whose parameter this stage updates."""
+        return [tie for tie in self.ties if tie.owner == self.number]
+
+    # ------------------------------------------------------------------------------------------------------ the state
+    @functools.cached_property
+    def state_shardings(self) -> StageState:
+        """Where each leaf of the state lives."""
+        whole = self.model.mesh.replicated
+        slots, cut = self.model.slots, self.optimizer.cut
+        leaves = jax.tree.leaves(cut.state)
+        parameters = jax.tree.leaves(cut.parameters)
+
+        def place(slot: Slot, stacked: bool, leaf: Any) -> NamedSharding:
+            if leaf.shape != parameters[slot.leaves[0]].shape:
+                return whole
+            return slot.sharding("optimizer") if stacked else slot.leaf_sharding("optimizer")
+
+        owned = [
+            [place(slots[group.slot], group.stacked, leaves[i]) for i in cut.owned_state(group.leaves[0])]
+            for group in self.optimizer.groups
+        ]
+        optimizer = OptimizerState(owned, [whole] * len(cut.shared_state))
+        return StageState(self.model.parameter_shardings("parameter"), optimizer, self.model.state_shardings, whole)
+
+    def stored_state(self, parameters: Mapping[int, Any], optimizer: Sequence[Any], state: Sequence[Any], step: Any) -> Any:
+        """Return the stage's state from the user's leaves; runs under ``jax.jit``."""
+        return StageState(
+            to_stored(self.model.slots, dict(parameters)),
+            self.optimizer.to_stored(optimizer),
+            [state[i] for i in self.model.share.state],
+            step,
+        )
+
+    @functools.cached_property
+    def to_user(self) -> Callable[[StageState], tuple[dict[int, Any], dict[int, Any]]]:
+        """The compiled function from the state to the user's (parameters, optimizer leaves) by position."""
+
+        def user(state: StageState) -> tuple[dict[int, Any], dict[int, Any]]:
+            return to_user(self.model.slots, state.parameters), self.optimizer.to_user(state.optimizer)
+
+        return jax.jit(user, out_shardings=self.user_shardings)
+
+    @functools.cached_property
+    def user_shardings(self) -> tuple[dict[int, NamedSharding], dict[int, NamedSharding]]:
+        """Where the leaves that ``to_user`` returns live."""
+        cut, whole = self.optimizer.cut, self.model.mesh.replicated
+        leaves, shapes = jax.tree.leaves(cut.state), [p.shape for p in jax.tree.leaves(cut.parameters)]
+        parameters = {leaf: slot.leaf_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}
+        optimizer = dict.fromkeys(cut.shared_state, whole)
+        for group in self.optimizer.groups:
+            place = self.model.slots[group.slot].leaf_sharding("optimizer")
+            for leaf in group.leaves:
+                optimizer |= {i: place if leaves[i].shape == shapes[leaf] else whole for i in cut.owned_state(leaf)}
+        return parameters, optimizer
+
+    # ------------------------------------------------------------------------------------------------ once per step
+    @functools.cached_property
+    def gradients(self) -> Callable[[Arrays, Any], Gradients]:
+        """The compiled end of the passes: (gradient sums, loss sum) to means; the sums are donated."""
+        count = self.passes.microbatches
+        places = list(self.model.parameter_shardings("gradient"))
+        for slot, place in self.places.items():
+            places[slot] = place
+
+        def means(sums: Arrays, loss: Any) -> Gradients:
+            return Gradients([total / count for total in sums], loss / count)
+
+        return jax.jit(means, donate_argnums=0, out_shardings=Gradients(places, self.model.mesh.replicated))
+
+    def exports(self, known: Known) -> Callable[..., Any]:
+        """Return the compiled function of an exchange: (gradients, tied gradients, state, vectors before) to vector."""
+
+        def run(gradients: Gradients, tied: Arrays, state: StageState, before: list[list[Any]], length: int) -> Any:
+            inputs = self._inputs(gradients, tied, state.parameters, state.optimizer)
+            vector = self.optimizer.exports(len(before), inputs, known(before))
+            return jnp.pad(vector, (0, length - vector.size))[None]
+
+        return jax.jit(run, static_argnums=4, out_shardings=self.model.mesh.replicated)
+
+    def update(self, known: Known) -> Callable[..., Any]:
+        """Return the compiled update.
+
+        (gradients, tied gradients, state, new model state, vectors) to (state, metrics, tied weights); the state is
+        donated.
+        """
+        places = (self.state_shardings, self.model.mesh.replicated, list(self.tied_places))
+        return jax.jit(functools.partial(self._update, known), donate_argnums=2, out_shardings=places)
+
+    def _update(
+        self, known: Known, gradients: Gradients, tied: Arrays, state: StageState, new: Arrays, vectors: list[list[Any]]
+    ) -> tuple[StageState, StepMetrics, Arrays]:
+        places = self.model.parameter_shardings("optimizer")
+        weights = jax.lax.with_sharding_constraint(state.parameters, places)
+        inputs = self._inputs(gradients, tied, weights, state.optimizer)
+        weights, optimizer, metrics = self.optimizer.update(inputs, known(vectors))
+        weights = jax.lax.with_sharding_constraint(weights, places)
+        model_state = guarded(metrics.finite, new, state.model_state)
+        sent = [weights[tie.owner_slot] for tie in self.owned_ties]
+        return StageState(weights, optimizer, model_state, state.step + 1), metrics, sent
+
+    def _inputs(
+        self, gradients: Gradients, tied: Arrays, parameters: Arrays, optimizer: OptimizerState
+    ) -> Inputs:
+        """Add what the stages that mirror a parameter found, in the order of stages."""
+        sums = list(gradients.slots)
+        for tie, gradient in zip(self.owned_ties, tied, strict=True):
+            sums[tie.owner_slot] = sums[tie.owner_slot] + gradient
+        places = self.model.parameter_shardings("optimizer")
+        sums = [s if k in self.places else jax.lax.with_sharding_constraint(s, places[k]) for k, s in enumerate(sums)]
+        return Inputs(sums, parameters, optimizer, gradients.loss if self.optimizer.makes_loss else None)
