@@ -219,7 +219,9 @@ def _names(shared: Sequence[Equation]) -> dict[Variable, str]:
     names: dict[Variable, str] = {}
     known: dict[str, str] = {}
     for equation in shared:
-        inputs = [name_literal(v) if isinstance(v, Literal) else names.setdefault(v, f"v{id(v)}") for v in equation.inputs]
+        inputs = [
+            name_literal(v) if isinstance(v, Literal) else names.setdefault(v, f"v{id(v)}") for v in equation.inputs
+        ]
         text = name_equation(equation, inputs)
         number = known.setdefault(text, f"e{len(known)}")
         names.update((v, f"{number}.{i}") for i, v in enumerate(equation.outputs))

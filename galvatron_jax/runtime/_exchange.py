@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._links import PIPE
 from ._mesh import StageMesh
+from ._placing import is_here, restrict
 
 Vectors = list[Any]
 
@@ -28,6 +29,11 @@ class Exchange:
         names = (PIPE, *slices[0].mesh.axis_names)
         grid = np.stack([stage.mesh.devices for stage in slices])
         self._mesh = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding that puts a whole copy on every device of every slice."""
+        return NamedSharding(self._mesh, PartitionSpec())
 
     def gather(self, vectors: Sequence[Any]) -> list[Vectors | None]:
         """Return, for each slice of this process (None for others), the vectors of all stages.
@@ -52,16 +58,8 @@ class Exchange:
 
     @functools.cached_property
     def _gather(self) -> Callable[[Vectors], Vectors]:
-        return jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(self._mesh, PartitionSpec()))
+        return jax.jit(lambda arrays: arrays, out_shardings=self.everywhere)
 
     def _on_slice(self, stage: StageMesh, arrays: Vectors) -> Vectors | None:
         place = stage.replicated
-        here = place.addressable_devices
-        if not here:
-            return None
-        return [
-            jax.make_array_from_single_device_arrays(
-                array.shape, place, [shard.data for shard in array.addressable_shards if shard.device in here]
-            )
-            for array in arrays
-        ]
+        return [restrict(array, place) for array in arrays] if is_here(place) else None

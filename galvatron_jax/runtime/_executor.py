@@ -6,7 +6,6 @@ a microbatch needs is dropped at its last use, so a slice holds what its schedul
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,32 +13,17 @@ import jax
 import jax.numpy as jnp
 
 from ._events import Compute, Event, Phase, Transfer
-from ._exchange import Exchange
 from ._guard import StepMetrics
-from ._links import Link
 from ._passes import Kept
-from ._pipeline_stage import Gradients, Known, PipelineStage, StageState, Tie
+from ._pipeline_stage import Gradients, Known, PipelineStage, StageState
+from ._pipeline_state import States
+from ._placing import is_here
+from ._wiring import Wiring
 
 Arrays = list[Any]
 
-States = list[StageState | None]
-"""By stage; None for stages that have no device here."""
-
-Batch = list[Mapping[int, Any] | None]
-"""By device slice: leaves of the batch by position, microbatches along dimension 0."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Wiring:
-    """The connections between stages."""
-
-    boundaries: Mapping[tuple[int, Phase], Link]
-    """(Sending stage, phase)."""
-    tied_gradients: Mapping[Tie, Link]
-    """From the mirror to the owner of a tied parameter."""
-    tied_weights: Mapping[Tie, Link]
-    """From the owner to the mirror."""
-    exchange: Exchange
+Batch = list[Mapping[int, Any]]
+"""By device slice: leaves of the batch by position, microbatches along dimension 0 (none on slices of others)."""
 
 
 class Executor:
@@ -68,7 +52,7 @@ class Executor:
             export_lengths: Length of the exchanged vectors, by round and chunk.
         """
         self.stages, self.slices, self.wiring = list(stages), slices, wiring
-        self.local = [bool(stage.model.mesh.replicated.addressable_devices) for stage in stages]
+        self.local = [is_here(stage.model.mesh.replicated) for stage in stages]
         self.training = [event for event in training if self._concerns(event)]
         self.evaluation = [event for event in evaluation if self._concerns(event)]
         self._lengths = export_lengths
@@ -114,7 +98,8 @@ class Executor:
                 if seen is not None and gathered is not None:
                     seen.append(gathered)
         new: States = [None] * len(states)
-        metrics, sent = None, [[] for _ in states]  # type: list[Arrays]
+        metrics: StepMetrics | None = None
+        sent: list[Arrays] = [[] for _ in states]
         for k, state in enumerate(states):
             if state is not None:
                 inputs = (gradients[k], tied[k], state, flight.model_states[k], vectors[k % self.slices])
@@ -152,11 +137,13 @@ class Executor:
         position = [0] * len(self.stages)
         for tie in self._ties:
             if self.local[tie.mirror] or self.local[tie.owner]:
-                weights = [sent[tie.owner][position[tie.owner]]] if self.local[tie.owner] else None
+                made = [sent[tie.owner][position[tie.owner]]] if self.local[tie.owner] else None
                 position[tie.owner] += 1
-                arrived, state = self.wiring.tied_weights[tie].send(weights), states[tie.mirror]
+                arrived, state = self.wiring.tied_weights[tie].send(made), states[tie.mirror]
                 if arrived is not None and state is not None:
-                    state.parameters[tie.mirror_slot] = arrived[0]
+                    weights = [*state.parameters]
+                    weights[tie.mirror_slot] = arrived[0]
+                    states[tie.mirror] = state._replace(parameters=weights)
 
     # --------------------------------------------------------------------------------------------------------- pieces
     def numbers(self, stage: int) -> Arrays:
@@ -172,7 +159,7 @@ class Executor:
 
     def _microbatch_numbers(self, slice_: int, count: int) -> Arrays | None:
         place = self.stages[slice_].model.mesh.replicated
-        if not place.addressable_devices:
+        if not is_here(place):
             return None
         numbers = jax.jit(lambda: [jnp.int32(m) for m in range(count)], out_shardings=place)()
         return list(numbers)
@@ -185,10 +172,12 @@ class Flight:
         """Begin a step."""
         self._executor, self._states = executor, states
         self._batch: list[Arrays] = [
-            [] if batch[k % executor.slices] is None else [batch[k % executor.slices][i] for i in s.model.share.batch]  # type: ignore[index]
+            [batch[k % executor.slices][i] for i in s.model.share.batch] if executor.local[k] else []
             for k, s in enumerate(executor.stages)
         ]
-        fresh = [s.passes.begin() if here else (None, None) for s, here in zip(executor.stages, executor.local, strict=True)]
+        fresh = [
+            s.passes.begin() if here else (None, None) for s, here in zip(executor.stages, executor.local, strict=True)
+        ]
         self.sums: list[Any] = [sums for sums, _ in fresh]
         """Gradient sums by stage."""
         self.losses: list[Any] = [loss for _, loss in fresh]
@@ -197,8 +186,10 @@ class Flight:
         """Model state by stage, as the last microbatch left it."""
         self.kept: dict[tuple[int, int], Kept] = {}
         """By (stage, microbatch): between forward and backward pass."""
-        self._moving: dict[tuple[int, Phase, int], Arrays | None] = {}
-        """Values at a boundary by (stage that has them, phase, microbatch): made there or arrived there."""
+        self._made: dict[tuple[int, Phase, int], Arrays] = {}
+        """To be sent, by (stage that made it, phase, microbatch)."""
+        self._arrived: dict[tuple[int, Phase, int], Arrays] = {}
+        """To be used, by (stage that got it, phase, microbatch)."""
 
     def run(self, events: Sequence[Event], *, evaluate: bool = False) -> Iterator[Event]:
         """Run events; yield each one when it is dispatched."""
@@ -215,31 +206,41 @@ class Flight:
 
     def _transfer(self, transfer: Transfer) -> None:
         source, target, phase, m = transfer
-        made = self._moving.pop((source, phase, m), None)
+        made = self._made.pop((source, phase, m), None)
         arrived = self._executor.wiring.boundaries[source, phase].send(made)
         if arrived is not None:
-            self._moving[target, _arrived(phase), m] = arrived
+            self._arrived[target, phase, m] = arrived
 
     def _forward(self, stage: int, m: int) -> None:
-        arriving = self._moving.pop((stage, "arrived forward", m), None) or []
+        arriving = self._arrived.pop((stage, "forward", m), [])
         passes, state = self._executor.stages[stage].passes, self.model_states[stage]
         leaving, new_state, residuals, self.losses[stage] = passes.forward(
-            self._weights(stage), self._batch[stage], self._executor.numbers(stage)[m], state, arriving, self.losses[stage]
+            self._weights(stage),
+            self._batch[stage],
+            self._executor.numbers(stage)[m],
+            state,
+            arriving,
+            self.losses[stage],
         )
         self.kept[stage, m] = passes.kept(residuals, state, arriving)
         self.model_states[stage] = new_state
-        self._moving[stage, "forward", m] = leaving
+        self._made[stage, "forward", m] = leaving
 
     def _backward(self, stage: int, m: int) -> None:
-        cotangents = self._moving.pop((stage, "arrived backward", m), None) or []
+        cotangents = self._arrived.pop((stage, "backward", m), [])
         kept = self.kept.pop((stage, m))
-        self.sums[stage], self._moving[stage, "backward", m] = self._executor.stages[stage].passes.backward(
-            self._weights(stage), self._batch[stage], self._executor.numbers(stage)[m], kept, cotangents, self.sums[stage]
+        self.sums[stage], self._made[stage, "backward", m] = self._executor.stages[stage].passes.backward(
+            self._weights(stage),
+            self._batch[stage],
+            self._executor.numbers(stage)[m],
+            kept,
+            cotangents,
+            self.sums[stage],
         )
 
     def _evaluate(self, stage: int, m: int) -> None:
-        arriving = self._moving.pop((stage, "arrived forward", m), None) or []
-        self._moving[stage, "forward", m], self.losses[stage] = self._executor.stages[stage].passes.evaluate(
+        arriving = self._arrived.pop((stage, "forward", m), [])
+        self._made[stage, "forward", m], self.losses[stage] = self._executor.stages[stage].passes.evaluate(
             self._weights(stage),
             self._batch[stage],
             self._executor.numbers(stage)[m],

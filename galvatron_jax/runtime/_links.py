@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ._placing import is_here, remote_array
+
 Arrays = list[Any]
 
 LinkName = Literal["union", "device_put"]
@@ -74,7 +76,7 @@ class PutLink:
         """Keep the places of ``target``, and how arrays of other processes look."""
         self._source = list(source)
         self._places = [array.sharding for array in target]
-        self._receives = bool(self._places[0].addressable_devices)
+        self._receives = is_here(self._places[0])
 
     def send(self, arrays: Arrays | None) -> Arrays | None:
         """Move the arrays; the call returns before they are there."""
@@ -126,18 +128,8 @@ class UnionLink:
         moved = self._move(joined)
         if not self._empty[0]:
             return None
-        received = [_restrict(array, target) for array, target in zip(moved, self._target, strict=True)]
+        received = [_target_rows(array, target) for array, target in zip(moved, self._target, strict=True)]
         return [array[0] if scalar else array for array, scalar in zip(received, self._scalars, strict=True)]
-
-
-def remote_array(array: Any) -> jax.Array:
-    """Return a handle of an array none of whose devices this process has.
-
-    Args:
-        array: Its shape, dtype and sharding.
-    """
-    handle: jax.Array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [], dtype=array.dtype)
-    return handle
 
 
 def _with_rows(array: Any) -> jax.ShapeDtypeStruct:
@@ -167,7 +159,7 @@ def _shards(array: jax.Array) -> Arrays:
     return [shard.data for shard in array.addressable_shards]
 
 
-def _restrict(array: jax.Array, target: Any) -> jax.Array:
+def _target_rows(array: jax.Array, target: Any) -> jax.Array:
     """Return the target's rows of a union array."""
     here = target.sharding.addressable_devices
     shards = [shard.data for shard in array.addressable_shards if shard.device in here]

@@ -1,10 +1,10 @@
 """All programs of one pipeline stage: its passes, and what it does once per step with the gradients.
 
-    begin        zeros
-    passes       forward and backward of every microbatch                                  (``_passes``)
-    gradients    mean gradients; those of mirrored parameters go to the stage that updates them
-    exports      small values that the update needs of all stages, exchanged               (``_cut_optimizer``)
-    update       optimizer, guard, metrics; new weights go to the stages that mirror them
+begin        zeros
+passes       forward and backward of every microbatch                                  (``_passes``)
+gradients    mean gradients; those of mirrored parameters go to the stage that updates them
+exports      small values that the update needs of all stages, exchanged               (``_cut_optimizer``)
+update       optimizer, guard, metrics; new weights go to the stages that mirror them
 """
 
 from __future__ import annotations
@@ -24,20 +24,15 @@ from ._model import StageModel
 from ._passes import StagePasses
 from ._slots import Slot, to_stored, to_user
 from ._stage_optimizer import Inputs, OptimizerState, StageOptimizer
+from ._wiring import Tie
 
 Arrays = list[Any]
 
+Leaves = Mapping[int, Any] | Sequence[Any]
+"""By position in the user's tree; at least those that the stage holds."""
+
 Known = Callable[[list[list[Any]]], Values]
 """From the exchanged vectors of all rounds so far ([slices, n] by chunk) to values by variable."""
-
-
-class Tie(NamedTuple):
-    """A parameter that two stages hold: the first one updates it, the second one mirrors it."""
-
-    owner: int
-    owner_slot: int
-    mirror: int
-    mirror_slot: int
 
 
 class StageState(NamedTuple):
@@ -68,22 +63,17 @@ class PipelineStage:
     number: int
     passes: StagePasses
     optimizer: StageOptimizer
-    ties: tuple[Tie, ...]
-    """Those that the stage takes part in."""
-    places: Mapping[int, NamedSharding]
-    """Slot of a mirrored parameter: where its gradient is wanted, on this stage's mesh."""
+    owned_ties: tuple[Tie, ...]
+    """Parameters that this stage updates and others mirror."""
+    mirrored_places: Mapping[int, NamedSharding]
+    """Where the gradient of each mirrored slot is wanted, on this stage's devices."""
     tied_places: Sequence[NamedSharding]
-    """Of each tie that it owns: where the mirror wants the new weights, on this stage's mesh."""
+    """Where the new weights of each owned tie are wanted, on this stage's devices."""
 
     @property
     def model(self) -> StageModel:
         """The stage's layers."""
         return self.passes.model
-
-    @property
-    def owned_ties(self) -> list[Tie]:
-        """Ties whose parameter this stage updates."""
-        return [tie for tie in self.ties if tie.owner == self.number]
 
     # ------------------------------------------------------------------------------------------------------ the state
     @functools.cached_property
@@ -106,10 +96,10 @@ class PipelineStage:
         optimizer = OptimizerState(owned, [whole] * len(cut.shared_state))
         return StageState(self.model.parameter_shardings("parameter"), optimizer, self.model.state_shardings, whole)
 
-    def stored_state(self, parameters: Mapping[int, Any], optimizer: Sequence[Any], state: Sequence[Any], step: Any) -> Any:
-        """Return the stage's state from the user's leaves; runs under ``jax.jit``."""
+    def stored_state(self, parameters: Leaves, optimizer: Leaves, state: Leaves, step: Any) -> StageState:
+        """Return the stage's state from the user's leaves by position; runs under ``jax.jit``."""
         return StageState(
-            to_stored(self.model.slots, dict(parameters)),
+            to_stored(self.model.slots, parameters),
             self.optimizer.to_stored(optimizer),
             [state[i] for i in self.model.share.state],
             step,
@@ -143,7 +133,7 @@ class PipelineStage:
         """The compiled end of the passes: (gradient sums, loss sum) to means; the sums are donated."""
         count = self.passes.microbatches
         places = list(self.model.parameter_shardings("gradient"))
-        for slot, place in self.places.items():
+        for slot, place in self.mirrored_places.items():
             places[slot] = place
 
         def means(sums: Arrays, loss: Any) -> Gradients:
@@ -182,13 +172,14 @@ class PipelineStage:
         sent = [weights[tie.owner_slot] for tie in self.owned_ties]
         return StageState(weights, optimizer, model_state, state.step + 1), metrics, sent
 
-    def _inputs(
-        self, gradients: Gradients, tied: Arrays, parameters: Arrays, optimizer: OptimizerState
-    ) -> Inputs:
+    def _inputs(self, gradients: Gradients, tied: Arrays, parameters: Arrays, optimizer: OptimizerState) -> Inputs:
         """Add what the stages that mirror a parameter found, in the order of stages."""
         sums = list(gradients.slots)
         for tie, gradient in zip(self.owned_ties, tied, strict=True):
             sums[tie.owner_slot] = sums[tie.owner_slot] + gradient
         places = self.model.parameter_shardings("optimizer")
-        sums = [s if k in self.places else jax.lax.with_sharding_constraint(s, places[k]) for k, s in enumerate(sums)]
+        sums = [
+            s if k in self.mirrored_places else jax.lax.with_sharding_constraint(s, places[k])
+            for k, s in enumerate(sums)
+        ]
         return Inputs(sums, parameters, optimizer, gradients.loss if self.optimizer.makes_loss else None)

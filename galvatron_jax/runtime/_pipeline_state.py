@@ -1,0 +1,185 @@
+"""The state of a pipelined plan: built, adopted, and in the user's own structure.
+
+Stored, it is one ``StageState`` for each stage, on the stage's devices; a process holds those that have devices of its
+own. In the neutral form each leaf is a global array of the user's shape on the devices of the first stage that holds it
+(a handle without data in a process that has none of these); what every stage keeps is replicated on all devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from ..analysis import Analysis
+from ._cut_optimizer import CutOptimizer
+from ._links import LinkName, connect
+from ._pipeline_stage import PipelineStage, StageState
+from ._placing import adopt_leaf, everywhere, is_here, remote_array, restrict
+from ._step import TrainState
+from ._wiring import Wiring, weight_place
+
+States = list[StageState | None]
+"""By stage; None for stages that have no device in this process."""
+
+Leaves = dict[int, Any]
+"""By position in the user's tree."""
+
+
+class PipelineStates:
+    """What goes between the states of all stages and the user's trees."""
+
+    def __init__(
+        self, analysis: Analysis, cut: CutOptimizer, stages: Sequence[PipelineStage], wiring: Wiring, link: LinkName
+    ) -> None:
+        """Keep the parts of the pipeline."""
+        self._trace, self._cut, self._stages, self._wiring, self._link = analysis.trace, cut, stages, wiring, link
+        self._whole = wiring.exchange.everywhere
+        self._ties = [tie for stage in stages for tie in stage.owned_ties]
+
+    def create(self, build: Callable[[], tuple[Any, Any]]) -> States:
+        """Build the state under jit, so that each device only ever holds its own shards."""
+
+        def fresh(stage: PipelineStage) -> StageState:
+            parameters, state = build()
+            optimizer = jax.tree.leaves(self._cut.optimizer.init(parameters))
+            leaves = dict(enumerate(jax.tree.leaves(parameters)))
+            return stage.stored_state(leaves, optimizer, jax.tree.leaves(state), jnp.zeros((), jnp.int32))
+
+        return self._on_each(lambda stage: jax.jit(lambda: fresh(stage), out_shardings=stage.state_shardings)())
+
+    def adopt(self, parameters: Any, model_state: Any) -> States:
+        """Place existing values; copies, so that the caller's arrays are never donated."""
+        leaves, states = jax.tree.leaves(parameters), jax.tree.leaves(model_state)
+
+        def stored(stage: PipelineStage, mine: Leaves, state: Leaves) -> StageState:
+            # What the stage does not hold is dead code: the state of a parameter is made of that parameter.
+            whole = [mine.get(i, jnp.zeros(leaf.shape, leaf.dtype)) for i, leaf in enumerate(leaves)]
+            tree = jax.tree.unflatten(jax.tree.structure(self._cut.parameters), whole)
+            optimizer = jax.tree.leaves(self._cut.optimizer.init(tree))
+            return stage.stored_state(mine, optimizer, state, jnp.zeros((), jnp.int32))
+
+        def placed(stage: PipelineStage) -> StageState:
+            mine = {i: adopt_leaf(leaves[i], place) for i, place in stage.user_shardings[0].items()}
+            state = {i: adopt_leaf(states[i], stage.model.mesh.replicated) for i in stage.model.share.state}
+            program = jax.jit(functools.partial(stored, stage), out_shardings=stage.state_shardings)
+            made: StageState = program(mine, state)
+            return made
+
+        return self._on_each(placed)
+
+    @functools.cached_property
+    def abstract_neutral(self) -> TrainState:
+        """Shape, dtype and place of each leaf of the neutral state."""
+        parameters: dict[int, NamedSharding] = {}
+        optimizer: dict[int, NamedSharding] = dict.fromkeys(self._cut.shared_state, self._whole)
+        state: dict[int, NamedSharding] = {}
+        for stage in self._stages:
+            held, owned = stage.user_shardings
+            parameters = {**held, **parameters}
+            optimizer = {**owned, **optimizer}
+            state = {**dict.fromkeys(stage.model.share.state, stage.model.mesh.replicated), **state}
+        return TrainState(
+            parameters=_with_places(self._trace.parameters, parameters),
+            optimizer=_with_places(self._cut.state, optimizer),
+            model_state=_with_places(self._trace.state, state),
+            step=jax.ShapeDtypeStruct((), jnp.int32, sharding=self._whole),
+        )
+
+    def to_user(self, states: States) -> TrainState:
+        """Return the neutral state."""
+        parameters: Leaves = {}
+        optimizer: Leaves = {}
+        model_state: Leaves = {}
+        shared: list[Leaves] = []
+        for stage, state in zip(self._stages, states, strict=True):
+            if state is not None:
+                held, owned = stage.to_user(state)
+                parameters, optimizer = {**held, **parameters}, {**owned, **optimizer}
+                model_state = {**dict(zip(stage.model.share.state, state.model_state, strict=True)), **model_state}
+                shared.append(owned)
+        optimizer |= {i: everywhere([found[i] for found in shared], self._whole) for i in self._cut.shared_state}
+        abstract = self.abstract_neutral
+        return TrainState(
+            parameters=_with_handles(abstract.parameters, parameters),
+            optimizer=_with_handles(abstract.optimizer, optimizer),
+            model_state=_with_handles(abstract.model_state, model_state),
+            step=everywhere([state.step for state in states if state is not None], self._whole),
+        )
+
+    def to_stored(self, state: TrainState) -> States:
+        """Return the stored state from a neutral one, placed as ``abstract_neutral`` says; copies."""
+        parameters, optimizer = jax.tree.leaves(state.parameters), jax.tree.leaves(state.optimizer)
+        mirrored, copied = self._mirror(parameters), self._copy_state(jax.tree.leaves(state.model_state))
+
+        def stored(stage: PipelineStage) -> StageState:
+            whole = stage.model.mesh.replicated
+            mine = {i: mirrored.get((stage.number, i), parameters[i]) for i in stage.user_shardings[0]}
+            kept = {i: optimizer[i] for i in stage.user_shardings[1]}
+            kept |= {i: restrict(optimizer[i], whole) for i in self._cut.shared_state}
+            states = {i: copied[stage.number, i] for i in stage.model.share.state}
+            program = jax.jit(stage.stored_state, out_shardings=stage.state_shardings)
+            made: StageState = program(mine, kept, states, restrict(state.step, whole))
+            return made
+
+        return self._on_each(stored)
+
+    # ---------------------------------------------------------------------------------------------------------- pieces
+    def _on_each(self, build: Callable[[PipelineStage], StageState]) -> States:
+        return [build(stage) if is_here(stage.model.mesh.replicated) else None for stage in self._stages]
+
+    def _mirror(self, parameters: Sequence[Any]) -> dict[tuple[int, int], Any]:
+        """Send tied parameters from their owners to the stages that mirror them, by (stage, leaf)."""
+        models = [stage.model for stage in self._stages]
+        found = {}
+        for tie in self._ties:
+            place, leaf = weight_place(models, tie), parameters[tie.leaf]
+            sent = [jax.jit(lambda x: x, out_shardings=place)(leaf)] if is_here(place) else None
+            arrived = self._wiring.tied_weights[tie].send(sent)
+            if arrived is not None:
+                found[tie.mirror, tie.leaf] = arrived[0]
+        return found
+
+    def _copy_state(self, leaves: Sequence[Any]) -> dict[tuple[int, int], Any]:
+        """Send model state to all stages that hold it, by (stage, leaf)."""
+        found, first = {}, dict[int, NamedSharding]()
+        for stage in self._stages:
+            whole = stage.model.mesh.replicated
+            for i in stage.model.share.state:
+                source = first.setdefault(i, whole)
+                arrived = _send_replicated(leaves[i], source, whole, self._link)
+                if arrived is not None:
+                    found[stage.number, i] = arrived
+        return found
+
+
+def _send_replicated(leaf: Any, source: NamedSharding, target: NamedSharding, link: LinkName) -> Any:
+    """Send a leaf from one stage to another, whole on every device; None in a process without the target."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if source == target:
+        return leaf if is_here(target) else None
+    data = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
+    ends = [jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=place) for place in (source, target)]
+    sent = None
+    if is_here(source):
+        sent = [jax.jit(jax.random.key_data, out_shardings=source)(leaf) if is_key else leaf]
+    arrived = connect([ends[0]], [ends[1]], link).send(sent)
+    if arrived is None:
+        return None
+    return jax.random.wrap_key_data(arrived[0], impl=jax.random.key_impl(leaf)) if is_key else arrived[0]
+
+
+def _with_places(tree: Any, places: Mapping[int, NamedSharding]) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[i]) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(structure, placed)
+
+
+def _with_handles(abstract: Any, found: Leaves) -> Any:
+    """Return the tree of ``found`` leaves, with handles for those of other processes."""
+    leaves, structure = jax.tree.flatten(abstract)
+    return jax.tree.unflatten(structure, [found[i] if i in found else remote_array(x) for i, x in enumerate(leaves)])

@@ -1,0 +1,65 @@
+"""Arrays of a model whose parts live on different devices, in one or many processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+def adopt_leaf(value: Any, place: NamedSharding) -> jax.Array:
+    """Copy a value that every process has whole to where it belongs; the caller's buffer is never shared.
+
+    Args:
+        value: A host array, or a device array that this process can read.
+        place: Of a sharding with at least one device in this process.
+    """
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+        data = adopt_leaf(jax.random.key_data(value), place)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+    if place.is_fully_addressable:
+        # The copy comes first: device_put makes the caller's buffer a shard of the result where the caller's device
+        # holds the whole array, whatever ``may_alias`` says (jax 0.10.2), and donating the result would delete it.
+        copy: jax.Array = jax.device_put(jnp.copy(value), place)
+        return copy
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+
+def everywhere(parts: Sequence[jax.Array], place: NamedSharding) -> jax.Array:
+    """Return a replicated array from equal ones on parts of its devices.
+
+    Args:
+        parts: Replicated arrays of equal value; together they have all devices of ``place`` in this process.
+        place: Replicated over all devices.
+    """
+    shards = {shard.device: shard.data for part in parts for shard in part.addressable_shards}
+    whole: jax.Array = jax.make_array_from_single_device_arrays(parts[0].shape, place, list(shards.values()))
+    return whole
+
+
+def restrict(array: jax.Array, place: NamedSharding) -> jax.Array:
+    """Return the shards of ``array`` on the devices of ``place`` as an array of their own; no copy is made."""
+    here = place.addressable_devices
+    shards = [shard.data for shard in array.addressable_shards if shard.device in here]
+    part: jax.Array = jax.make_array_from_single_device_arrays(array.shape, place, shards)
+    return part
+
+
+def remote_array(array: Any) -> jax.Array:
+    """Return a handle of an array none of whose devices this process has.
+
+    Args:
+        array: Its shape, dtype and sharding.
+    """
+    handle: jax.Array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [], dtype=array.dtype)
+    return handle
+
+
+def is_here(place: NamedSharding) -> bool:
+    """Tell whether this process has a device of ``place``."""
+    return bool(place.addressable_devices)
