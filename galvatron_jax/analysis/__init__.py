@@ -11,6 +11,7 @@ from ._flatten import Program as Program
 from ._flatten import Variable as Variable
 from ._flatten import flatten as flatten
 from ._flatten import is_call as is_call
+from ._jaxpr import abstract as abstract
 from ._jaxpr import run_equation as run_equation
 from ._marks import Loss as Loss
 from ._marks import split_parameters as split_parameters

@@ -58,7 +58,7 @@ class BatchRows:
         position = np.full(self.global_batch, -1)
         position[number] = np.arange(len(number))
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray[Any, Any]:
+        def shard(index: Any) -> np.ndarray[Any, Any]:
             found = position.reshape(self.microbatches, self.size)[index[:2]]
             assert found.min(initial=0) >= 0, "read_by names every row that a device reads"
             part: np.ndarray[Any, Any] = given[found][(slice(None), slice(None), *index[2:])]

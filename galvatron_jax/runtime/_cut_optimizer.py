@@ -9,9 +9,9 @@ its update is sorted, equation by equation, like the model is cut into layers. A
 Where an equation takes values of several owners, they must be small, as the norms are of which a global norm is made:
 they are *exported*, exchanged between all stages, and the equation is shared from there on. A first round of exports
 feeds shared values, which owned ones read again (a clipped gradient), which may be exported in a second round (a norm
-of the updates), and so on. What a step reports (loss, norm of all gradients, whether both are finite) and the guard that
-leaves out a non-finite update are traced with the optimizer and cut with it: they are the first round, and clipping by
-the global norm joins it. Sums are taken by the same equations in the same order as on one device.
+of the updates), and so on. What a step reports (loss, norm of all gradients, whether both are finite) and the guard
+that leaves out a non-finite update are traced with the optimizer and cut with it: they are the first round, and
+clipping by the global norm joins it. Sums are taken by the same equations in the same order as on one device.
 
 An equation that mixes whole arrays of several parameters (one vector of everything) has no such cut and is refused.
 """

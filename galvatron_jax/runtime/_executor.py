@@ -1,7 +1,7 @@
 """Runs the events of a step on the devices of this process.
 
-Python only dispatches: programs and transfers run when their inputs are there, and nothing here waits for a device. What
-a microbatch needs is dropped at its last use, so a slice holds what its schedule promises and no more.
+Python only dispatches: programs and transfers run when their inputs are there, and nothing here waits for a device.
+What a microbatch needs is dropped at its last use, so a slice holds what its schedule promises and no more.
 """
 
 from __future__ import annotations

@@ -72,7 +72,10 @@ class StagePasses:
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., Any]:
-        """The compiled forward pass alone: (parameters, batch, microbatch, state, arriving, loss sum) to (leaving, sum)."""
+        """The compiled forward pass alone.
+
+        (parameters, batch, microbatch, state, arriving, loss sum) to (leaving, loss sum).
+        """
 
         def run(
             parameters: Arrays, batch: Arrays, microbatch: Any, state: Arrays, arriving: Arrays, total: Any

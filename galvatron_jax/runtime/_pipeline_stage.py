@@ -22,14 +22,11 @@ from ._cut_optimizer import Values
 from ._guard import StepMetrics, guarded
 from ._model import StageModel
 from ._passes import StagePasses
-from ._slots import Slot, to_stored, to_user
+from ._slots import Leaves, Slot, to_stored, to_user
 from ._stage_optimizer import Inputs, OptimizerState, StageOptimizer
 from ._wiring import Tie
 
 Arrays = list[Any]
-
-Leaves = Mapping[int, Any] | Sequence[Any]
-"""By position in the user's tree; at least those that the stage holds."""
 
 Known = Callable[[list[list[Any]]], Values]
 """From the exchanged vectors of all rounds so far ([slices, n] by chunk) to values by variable."""

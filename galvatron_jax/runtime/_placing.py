@@ -20,7 +20,8 @@ def adopt_leaf(value: Any, place: NamedSharding) -> jax.Array:
     """
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         data = adopt_leaf(jax.random.key_data(value), place)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+        key: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))
+        return key
     if place.is_fully_addressable:
         # The copy comes first: device_put makes the caller's buffer a shard of the result where the caller's device
         # holds the whole array, whatever ``may_alias`` says (jax 0.10.2), and donating the result would delete it.

@@ -13,12 +13,13 @@ that would copy parameters once for every microbatch in flight. So each residual
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Literal
 
-from ..analysis import Equation, Program, Variable, flatten, is_call, is_kept, run_equation
+from ..analysis import Equation, Program, Variable, abstract, flatten, is_call, is_kept, run_equation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,4 +107,4 @@ def _cheap_variables(program: Program, lasting: int) -> set[Variable]:
 
 def _is_small(equation: Equation) -> bool:
     """Scalars cost nothing, whatever makes them."""
-    return all(variable.aval.size <= 1 for variable in [*equation.inputs, *equation.outputs])
+    return all(math.prod(abstract(v.aval).shape) <= 1 for v in [*equation.inputs, *equation.outputs])

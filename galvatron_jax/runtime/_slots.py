@@ -8,7 +8,7 @@ the user sees (checkpoints, ``model``) is the user's own tree: ``to_user`` and `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,10 @@ class Slot:
         return self.mesh.replicated if self.layout is None else self.layout.stored(self.position, role)
 
 
+Leaves = Mapping[int, Any] | Sequence[Any]
+"""By position in the user's tree; at least those that are read."""
+
+
 def make_slots(
     mesh: StageMesh, runs: Sequence[Run], held: Sequence[int], variables: Sequence[Variable]
 ) -> tuple[Slot, ...]:
@@ -67,7 +71,7 @@ def make_slots(
     return tuple(found[leaf] for leaf in sorted(found))
 
 
-def to_stored(slots: Sequence[Slot], leaves: dict[int, Any]) -> list[Any]:
+def to_stored(slots: Sequence[Slot], leaves: Leaves) -> list[Any]:
     """Return the stored arrays of ``slots`` from the user's leaves (by position); runs under ``jax.jit``."""
     return [
         jnp.stack([leaves[leaf] for leaf in slot.leaves]) if slot.is_stacked else leaves[slot.leaves[0]]

@@ -22,7 +22,7 @@ from jax.extend.core import Literal
 from ..analysis import Variable
 from ._cut_optimizer import LOSS, CutOptimizer, Values, evaluate, name_equation, name_literal, read
 from ._guard import StepMetrics
-from ._slots import Slot
+from ._slots import Leaves, Slot
 
 Arrays = list[Any]
 
@@ -85,7 +85,7 @@ class StageOptimizer:
         return tuple(found)
 
     # --------------------------------------------------------------------------------------------------------- state
-    def to_stored(self, leaves: Sequence[Any]) -> OptimizerState:
+    def to_stored(self, leaves: Leaves) -> OptimizerState:
         """Return (arrays of each group, shared arrays) from all leaves of an optax state; runs under ``jax.jit``."""
         owned = []
         for group in self.groups:

@@ -114,7 +114,7 @@ def test_loss_that_is_not_finite_leaves_the_update_out_everywhere() -> None:
 
 
 def test_optimizer_that_mixes_whole_arrays_is_refused() -> None:
-    def update(updates: Any, state: Any, parameters: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         flat, unravel = jax.flatten_util.ravel_pytree(updates)
         return unravel(flat[::-1]), state
 

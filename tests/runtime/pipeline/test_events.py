@@ -69,7 +69,8 @@ def test_values_are_sent_before_the_next_compute_of_their_maker(case: tuple[Sche
 
 
 def test_1f1b_of_two_stages_by_hand() -> None:
-    f, b = "forward", "backward"
+    f: Phase = "forward"
+    b: Phase = "backward"
     events = global_order(build_schedule("1f1b", 2, 2), 2)
     assert [str(e) for e in events] == [
         str(e)
