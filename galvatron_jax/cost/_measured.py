@@ -7,8 +7,8 @@ E the formula and M the measured seconds, at the measured degree tp' nearest (in
 
 Where the strategy is the measured one the formulas cancel and the clock alone speaks. Elsewhere (sequence parallelism,
 Ulysses, a degree nobody measured) the formula only scales the nearest measurement by the work that the strategy adds or
-saves, so that measured and estimated strategies compete on the same ground. Recomputation that was not measured is scaled
-by what the clock said of the forward pass, for the same reason.
+saves, so that measured and estimated strategies compete on the same ground. Recomputation that was not measured is
+scaled by what the clock said of the forward pass, for the same reason.
 
 Between two numbers of samples seconds are linear in them: each sample adds the same work. Beyond the last the line goes
 on; below the first it is the line down to one sample's floor, never below proportion. The profile states the largest

@@ -72,9 +72,7 @@ def test_measured_hardware_of_the_same_device_counts() -> None:
 
 def test_recomputation_without_a_measurement_is_scaled_like_forward() -> None:
     kind = block(table(n1=3.0))
-    found = pass_seconds(
-        kind, HARDWARE, "recompute", Strategy(), 1, lambda s, m: 0.5 * formula(s, m), forward=formula
-    )
+    found = pass_seconds(kind, HARDWARE, "recompute", Strategy(), 1, lambda s, m: 0.5 * formula(s, m), forward=formula)
     assert found == pytest.approx(0.5 * 3.0)
 
 
