@@ -1,4 +1,4 @@
-"""The hardware profile: one kind of GPU and the links between them (see ``profile``, which is where to import it from)."""
+"""The hardware profile: one kind of GPU and the links between them; import it from ``profile``."""
 
 from __future__ import annotations
 
