@@ -1,74 +1,183 @@
-"""Any optax transformation over stored arrays, with the numbers that it would give on the user's own tree."""
+"""Any optax transformation over stored arrays, with the numbers that it would give on the user's own tree.
+
+The transformation is traced on the user's tree, once, and its equations are merged over the stacked arrays
+(``_lanes``), so nothing in it needs to know of runs, and the compiled update is as long for 128 layers as for 3. Of its
+state, leaves that belong to a parameter (their path ends with the parameter's path) are stored as the parameter is.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from ._slots import Slot, to_stored, to_user
+from ..analysis import flatten, is_call
+from ._lanes import Group, LaneProgram, merge_lanes
+from ._slots import Slot
+
+
+class _StateGroup(NamedTuple):
+    """Leaves of the optax state that are stored as one array."""
+
+    group: Group
+    place: NamedSharding
+    """Of one leaf."""
+
+    @property
+    def sharding(self) -> NamedSharding:
+        if not self.group.is_stacked:
+            return self.place
+        return NamedSharding(self.place.mesh, PartitionSpec(None, *self.place.spec))
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredOptimizer:
-    """An optimizer over the arrays of a stage's slots."""
+    """An optimizer over the arrays of a stage's slots; its stored state is a list of arrays."""
 
     optimizer: optax.GradientTransformation
     parameters: Any
     """The user's parameters, abstract."""
     slots: tuple[Slot, ...]
 
+    # ------------------------------------------------------------------------------------------------------- running
+    def init(self, parameters: Sequence[Any]) -> list[Any]:
+        """Return the fresh state for stored ``parameters``."""
+        return self._init.run(parameters)
+
+    def update(
+        self, gradients: Sequence[Any], state: Sequence[Any], parameters: Sequence[Any]
+    ) -> tuple[list[Any], Any]:
+        """Return (new parameters, new state), all stored."""
+        results = self._update.run([*gradients, *state, *parameters])
+        return results[: len(self.slots)], results[len(self.slots) :]
+
+    def to_user(self, state: Sequence[Any]) -> Any:
+        """Return the optax state over the user's own tree."""
+        leaves: dict[int, Any] = {}
+        for (group, _), array in zip(self._groups, state, strict=True):
+            rows = [array[row] for row in range(len(group.positions))] if group.is_stacked else [array]
+            leaves.update(zip(group.positions, rows, strict=True))
+        return jax.tree.unflatten(jax.tree.structure(self._user_state), [leaves[i] for i in range(len(leaves))])
+
+    def to_stored(self, state: Any) -> list[Any]:
+        """Return the stored form of an optax state over the user's own tree."""
+        leaves = jax.tree.leaves(state)
+        return [
+            jnp.stack([leaves[i] for i in group.positions]) if group.is_stacked else leaves[group.positions[0]]
+            for group, _ in self._groups
+        ]
+
+    # -------------------------------------------------------------------------------------------------------- places
+    @functools.cached_property
+    def abstract_state(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape, dtype and place of each stored array."""
+        leaves = jax.tree.leaves(self._user_state)
+        made = []
+        for stored in self._groups:
+            leaf, count = leaves[stored.group.positions[0]], len(stored.group.positions)
+            shape = (count, *leaf.shape) if stored.group.is_stacked else leaf.shape
+            made.append(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=stored.sharding))
+        return made
+
     @functools.cached_property
     def abstract_user_state(self) -> Any:
         """Shape, dtype and place of each leaf of the optax state over the user's own tree."""
-        state = jax.eval_shape(self.optimizer.init, self.parameters)
-        leaf_places = {leaf: slot.leaf_sharding("optimizer") for slot in self.slots for leaf in slot.leaves}
-        named = jax.tree_util.tree_flatten_with_path(self.parameters)[0]
-        paths = {tuple(path): index for index, (path, _) in enumerate(named)}
-        shapes = [leaf.shape for leaf in jax.tree.leaves(self.parameters)]
+        leaves, structure = jax.tree.flatten(self._user_state)
+        places = {position: stored.place for stored in self._groups for position in stored.group.positions}
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[i]) for i, x in enumerate(leaves)]
+        return jax.tree.unflatten(structure, placed)
+
+    # -------------------------------------------------------------------------------------------------------- traces
+    @functools.cached_property
+    def _user_state(self) -> Any:
+        return jax.eval_shape(self.optimizer.init, self.parameters)
+
+    @functools.cached_property
+    def _init(self) -> LaneProgram:
+        return self._merged(self.optimizer.init, [self.parameters], [self._stored_as()], [self._state_groups()])
+
+    @functools.cached_property
+    def _update(self) -> LaneProgram:
+        def step(gradients: Any, state: Any, parameters: Any) -> tuple[Any, Any]:
+            updates, state = self.optimizer.update(gradients, state, parameters)
+            return optax.apply_updates(parameters, updates), state
+
+        tree, state = self._stored_as(), self._state_groups()
+        return self._merged(
+            step, [self.parameters, self._user_state, self.parameters], [tree, state, tree], [tree, state]
+        )
+
+    @staticmethod
+    def _merged(
+        function: Callable[..., Any], trees: list[Any], inputs: list[list[Group]], outputs: list[list[Group]]
+    ) -> LaneProgram:
+        program = flatten(jax.make_jaxpr(function)(*trees), is_call)
+        return merge_lanes(program, _in_turn(inputs), _in_turn(outputs))
+
+    # -------------------------------------------------------------------------------------------------------- groups
+    def _stored_as(self) -> list[Group]:
+        return [Group(slot.leaves, slot.is_stacked) for slot in self.slots]
+
+    def _state_groups(self) -> list[Group]:
+        return [stored.group for stored in self._groups]
+
+    @functools.cached_property
+    def _groups(self) -> list[_StateGroup]:
+        """Leaves of the optax state as they are stored, ordered by their first position."""
+        leaves = [leaf for _, leaf in jax.tree_util.tree_flatten_with_path(self._user_state)[0]]
+        found: dict[int, _StateGroup] = {}
+        for slot, positions in self._owned():
+            alike = len({(leaves[p].shape, str(leaves[p].dtype)) for p in positions}) == 1
+            if slot.is_stacked and alike and len(positions) == len(slot.leaves):
+                found[positions[0]] = _StateGroup(Group(positions, True), self._place(slot, leaves[positions[0]]))
+            else:
+                found |= {p: _StateGroup(Group((p,), False), self._place(slot, leaves[p])) for p in positions}
+        grouped = {p for stored in found.values() for p in stored.group.positions}
         whole = self.slots[0].mesh.replicated
+        found |= {p: _StateGroup(Group((p,), False), whole) for p in range(len(leaves)) if p not in grouped}
+        return [found[p] for p in sorted(found)]
 
-        def placed(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
-            index = owner(path, paths)
-            place: NamedSharding = whole if index is None or leaf.shape != shapes[index] else leaf_places[index]
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def _owned(self) -> list[tuple[Slot, tuple[int, ...]]]:
+        """Return, for each slot and each copy of it in the optax state, the positions of the copy's leaves in order."""
+        named = jax.tree_util.tree_flatten_with_path(self.parameters)[0]
+        leaf_by_path = {tuple(path): index for index, (path, _) in enumerate(named)}
+        positions: dict[tuple[Any, ...], dict[int, int]] = {}
+        for position, (path, _) in enumerate(jax.tree_util.tree_flatten_with_path(self._user_state)[0]):
+            owned = owner(path, leaf_by_path)
+            if owned is not None:
+                start, leaf = owned
+                positions.setdefault(start, {})[leaf] = position
+        return [
+            (slot, held)
+            for copy in positions.values()
+            for slot in self.slots
+            if (held := tuple(copy[leaf] for leaf in slot.leaves if leaf in copy))
+        ]
 
-        return jax.tree_util.tree_map_with_path(placed, state)
-
-    @property
-    def abstract_state(self) -> Any:
-        """Shape, dtype and place of each leaf of the stored state."""
-        return self.abstract_user_state
-
-    def init(self, parameters: Sequence[Any]) -> Any:
-        """Return the fresh state for stored ``parameters``."""
-        return self.optimizer.init(self._tree(parameters))
-
-    def update(self, gradients: Sequence[Any], state: Any, parameters: Sequence[Any]) -> tuple[list[Any], Any]:
-        """Return (new parameters, new state), all stored."""
-        tree = self._tree(parameters)
-        updates, state = self.optimizer.update(self._tree(gradients), state, tree)
-        leaves = jax.tree.leaves(optax.apply_updates(tree, updates))
-        return to_stored(self.slots, dict(enumerate(leaves))), state
-
-    def to_user(self, state: Any) -> Any:
-        """Return the optax state over the user's own tree."""
-        return state
-
-    def to_stored(self, state: Any) -> Any:
-        """Return the stored form of an optax state over the user's own tree."""
-        return state
-
-    def _tree(self, arrays: Sequence[Any]) -> Any:
-        leaves = to_user(self.slots, arrays)
-        return jax.tree.unflatten(jax.tree.structure(self.parameters), [leaves[i] for i in range(len(leaves))])
+    def _place(self, slot: Slot, leaf: Any) -> NamedSharding:
+        """A moment of the parameter's shape lives where zero 1 says; anything else (factored moments) is whole."""
+        shape = jax.tree.leaves(self.parameters)[slot.leaves[0]].shape
+        return slot.leaf_sharding("optimizer") if leaf.shape == shape else slot.mesh.replicated
 
 
-def owner(path: Sequence[Any], parameters: Mapping[tuple[Any, ...], int]) -> int | None:
-    """Return which parameter a leaf of an optax state belongs to: the one whose whole path ends the leaf's path."""
-    return next((parameters[end] for k in range(len(path)) if (end := tuple(path[k:])) in parameters), None)
+def owner(path: Sequence[Any], parameters: Mapping[tuple[Any, ...], int]) -> tuple[tuple[Any, ...], int] | None:
+    """Return (start of the path, parameter) of the parameter whose whole path ends ``path``, None when none does."""
+    for k in range(len(path)):
+        if (end := tuple(path[k:])) in parameters:
+            return tuple(path[:k]), parameters[end]
+    return None
+
+
+def _in_turn(parts: Sequence[Sequence[Group]]) -> list[Group]:
+    """Return the groups of several trees, numbered as the leaves of all of them one after another."""
+    shifted, start = [], 0
+    for part in parts:
+        shifted += [Group(tuple(start + p for p in group.positions), group.is_stacked) for group in part]
+        start += sum(len(group.positions) for group in part)
+    return shifted
