@@ -119,7 +119,10 @@ class LaneProgram:
 
 
 def _array(place: Place | Literal, read: Callable[[Any], Any]) -> Any:
-    return jnp.asarray(place.val, place.aval.dtype) if isinstance(place, Literal) else read(place)
+    if isinstance(place, Literal):
+        aval: Any = place.aval
+        return jnp.asarray(place.val, aval.dtype)
+    return read(place)
 
 
 def _call(call: _Call, operands: Sequence[Any]) -> list[Any]:
