@@ -17,10 +17,12 @@ from flax import nnx
 from ._sharded_model import ShardedModel
 from .analysis import Loss
 from .cluster import Cluster
-from .errors import DeviceMismatchError, UnsupportedError
+from .distributed import processes_per_node
+from .errors import DeviceMismatchError
 from .hardware import load_hardware
 from .plan import Plan, check_devices, check_plan, load_plan
 from .profile import HardwareProfile
+from .runtime import LinkName
 
 
 def auto_shard(
@@ -31,6 +33,7 @@ def auto_shard(
     plan: Plan | str | Path | None = None,
     cluster: Cluster | None = None,
     hardware: HardwareProfile | None = None,
+    link: LinkName = "union",
 ) -> ShardedModel:
     """Spread a model over the visible devices and train it.
 
@@ -43,11 +46,15 @@ def auto_shard(
         plan: How to spread it, or the file that says so; searched for when the first batch comes by default.
         cluster: The devices as nodes and GPUs; what JAX sees by default.
         hardware: What the search prices with; the bundled profile of the cluster's GPU by default.
+        link: What carries values between pipeline stages in different processes: ``"union"``, a collective permute over
+            both stages' devices (CPU and GPU); or ``"device_put"``, JAX's own transfers (GPU; not tried yet).
 
     Raises:
         DocumentError: the plan's file is not a valid plan.
         DeviceMismatchError: the plan or the cluster needs another number of devices than JAX sees.
-        UnsupportedError: the plan has several stages, or JAX runs in several processes (both come in a later version).
+
+    In several processes (join them first: ``galvatron_jax.distributed``) all call everything together, with the same
+    arguments; each gives ``step`` the global batch or only its own rows of it (``ShardedModel.process_rows``).
 
     Gradients of several microbatches are reduced in every microbatch by this version's step, not once at the end as the
     estimate assumes for zero 0 and 1: with slow links between data-parallel ranks such a step is slower than predicted.
@@ -60,7 +67,7 @@ def auto_shard(
     if plan is not None:
         check_plan(plan)
         check_devices(plan, jax.device_count())
-    _check_runnable(cluster, plan)
+    _check_cluster(cluster)
     return ShardedModel(
         model,
         loss=loss or next_token_loss,
@@ -68,38 +75,28 @@ def auto_shard(
         plan=plan,
         cluster=cluster,
         hardware=hardware,
+        link=link,
     )
 
 
 def visible_cluster() -> Cluster:
-    """Return what JAX sees as a cluster: one node per process, its devices, and the bundled kind that they are.
+    """Return what JAX sees as a cluster: its nodes, their devices, and the bundled kind that these are.
+
+    A process is a node, unless ``distributed.initialize`` found several on each.
 
     Raises:
         DocumentNotFoundError: no bundled hardware is of this kind; pass ``cluster`` and ``hardware``.
     """
     kind = load_hardware(jax.devices()[0].device_kind).name
-    return Cluster(nodes=jax.process_count(), gpus_per_node=jax.local_device_count(), gpu=kind)
+    nodes = jax.process_count() // processes_per_node()
+    return Cluster(nodes=nodes, gpus_per_node=jax.device_count() // nodes, gpu=kind)
 
 
-def _check_runnable(cluster: Cluster, plan: Plan | None) -> None:
+def _check_cluster(cluster: Cluster) -> None:
     if cluster.devices != jax.device_count():
         raise DeviceMismatchError(
             f"the cluster {cluster.mesh} has {cluster.devices} devices, {jax.device_count()} are visible",
             expected="equal numbers",
             where="cluster",
             action="leave it out to use all visible devices",
-        )
-    if jax.process_count() > 1:
-        raise UnsupportedError(
-            f"JAX runs in {jax.process_count()} processes",
-            expected="one process in this version",
-            where="auto_shard",
-            action="run on the GPUs of one machine; several processes come in a later version",
-        )
-    if plan is not None and len(plan.stages) > 1:
-        raise UnsupportedError(
-            f"the plan has {len(plan.stages)} pipeline stages",
-            expected="one stage in this version",
-            where="plan",
-            action="search with --no-pp; pipelined execution comes in a later version",
         )

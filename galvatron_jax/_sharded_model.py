@@ -15,14 +15,17 @@ import msgspec
 import optax
 from flax import nnx
 
+from ._document import encode
 from .analysis import Analysis, Loss, analyse_model, split_parameters
 from .cluster import Cluster
-from .errors import GalvatronError, PlanError
+from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
 from .plan import Plan, Training, check_plan
 from .profile import HardwareProfile
-from .runtime import StagePrograms, TrainState, plan_model, stage_mesh
+from .runtime import LinkName, PipelinePrograms, StagePrograms, TrainState, agree, plan_model, stage_mesh
 from .search import describe_plan, find_plan
+
+Programs = StagePrograms | PipelinePrograms
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,13 +54,14 @@ class ShardedModel:
         plan: Plan | None,
         cluster: Cluster,
         hardware: HardwareProfile | None,
+        link: LinkName = "union",
     ) -> None:
         """Hold the parts; see ``auto_shard``."""
-        self._source, self._loss, self._optimizer = model, loss, optimizer
+        self._source, self._loss, self._optimizer, self._link = model, loss, optimizer, link
         self._plan, self._cluster, self._hardware = plan, cluster, hardware
         self._analysis: Analysis | None = None
-        self._programs: StagePrograms | None = None
-        self._state: TrainState | None = None
+        self._programs: Programs | None = None
+        self._state: Any = None
         self._steps = 0
 
     def prepare(self, batch: Any) -> Plan:
@@ -66,20 +70,23 @@ class ShardedModel:
         Done by the first ``step`` or ``eval`` on its own.
 
         Args:
-            batch: A pytree of arrays whose dimension 0 is the global batch.
+            batch: A pytree of arrays whose dimension 0 is the global batch (under a given plan, the rows
+                ``process_rows`` of it are enough).
 
         Raises:
             AnalysisError: the model or loss cannot be traced.
             InfeasibleError: no plan fits the devices' memory.
-            PlanError: the given plan does not belong to this model or batch.
+            PlanError: the given plan does not belong to this model or batch, or differs between processes.
+            UnsupportedError: the given plan cuts the model or the optimizer where they cannot be cut.
         """
         if self._programs is None:
             samples = _batch_size(batch)
-            self._plan = self._plan or self._search(batch, samples)
-            analysis = self._analyse(batch, samples, self._plan)
-            check_plan(self._plan, analysis.profile)
-            planned = plan_model(analysis, self._plan, stage_mesh(self._cluster, jax.devices()))
-            self._programs = StagePrograms(planned, self._optimizer, self._plan.microbatches)
+            if self._plan is None:
+                self._programs = self._search_and_build(batch, samples)
+            else:
+                self._check_samples(samples)
+                self._programs = self._build(batch, self._plan)
+            agree("plan", encode(self.plan), action="give all processes the same plan file")
             self._state = self._build_state(self._programs)
         return self.plan
 
@@ -87,20 +94,22 @@ class ShardedModel:
         """Train on one global batch.
 
         Args:
-            batch: A pytree of host or device arrays, always of the same shape; dimension 0 is the global batch.
+            batch: A pytree of host or device arrays, always of the same shape. Dimension 0 is the global batch, or only
+                the rows ``process_rows`` of it.
 
         Raises:
             PlanError: the batch has another number of samples than the plan.
         """
-        programs = self._ready(batch)
+        programs: Any = self._ready(batch)
         self._state, metrics = programs.train(self.state, programs.place_batch(jax.tree.leaves(batch)))
         self._steps += 1
         return StepResult(**metrics._asdict(), step=self._steps)
 
     def eval(self, batch: Any) -> jax.Array:
-        """Return the mean loss of a batch under the same plan, without an update."""
-        programs = self._ready(batch)
-        return programs.evaluate(self.state, programs.place_batch(jax.tree.leaves(batch)))
+        """Return the mean loss of a batch (see ``step``) under the same plan, without an update."""
+        programs: Any = self._ready(batch)
+        loss: jax.Array = programs.evaluate(self.state, programs.place_batch(jax.tree.leaves(batch)))
+        return loss
 
     @property
     def plan(self) -> Plan:
@@ -114,10 +123,11 @@ class ShardedModel:
         return self._plan
 
     @property
-    def state(self) -> TrainState:
+    def state(self) -> Any:
         """Parameters, optimizer state, model state and step number, as global arrays in their stored form.
 
-        Runs of layers are stacked there; ``neutral_state`` has the user's own structure.
+        Runs of layers are stacked there, and a pipelined plan has one part for each stage; ``neutral_state`` has the
+        user's own structure.
 
         Raises:
             GalvatronError: no batch has been seen yet.
@@ -129,7 +139,9 @@ class ShardedModel:
     def neutral_state(self) -> TrainState:
         """Return the state in the user's own structure, whatever the plan: what a checkpoint holds.
 
-        Leaves are global arrays of the user's shapes, on the devices where the plan keeps them.
+        Leaves are global arrays of the user's shapes, on the devices where the plan keeps them: of a pipelined plan on
+        those of the first stage that holds the leaf. Where a process has none of them, the leaf is a handle without
+        data.
         """
         return self._ready_programs().to_user(self.state)
 
@@ -147,67 +159,96 @@ class ShardedModel:
 
     @property
     def process_rows(self) -> tuple[int, ...]:
-        """Rows of the global batch that this process's devices read, ascending: all that ``step`` must be given."""
-        return tuple(range(self.plan.global_batch))
+        """Rows of the global batch that this process's devices read, ascending: all that ``step`` must be given.
+
+        Call ``prepare`` first.
+        """
+        return self._ready_programs().process_rows
 
     @property
     def model(self) -> nnx.Module:
-        """The user's own module with the trained parameters (global arrays, sharded as the plan says)."""
+        """The user's own module with copies of the trained parameters: global arrays over all devices.
+
+        They are sharded as the plan stores them, and where it is pipelined also over the stages, so that the module can
+        be called (under ``jax.jit``, in all processes together).
+        """
         programs, state = self._ready_programs(), self.neutral_state()
-        graph = programs.model.share.analysis.trace.graph
-        copy: nnx.Module = nnx.merge(graph, *jax.tree.map(lambda x: x.copy(), (state.parameters, state.model_state)))
+        assert self._analysis is not None, "programs follow an analysis"
+        copied = programs.to_cluster if isinstance(programs, PipelinePrograms) else lambda leaf: leaf.copy()
+        copy: nnx.Module = nnx.merge(
+            self._analysis.trace.graph, *jax.tree.map(copied, (state.parameters, state.model_state))
+        )
         return copy
 
     def explain(self) -> str:
         """Return the plan as text: what runs where, and what it should cost."""
         return describe_plan(self.plan)
 
-    def _ready_programs(self) -> StagePrograms:
+    # ---------------------------------------------------------------------------------------------------------- pieces
+    def _ready_programs(self) -> Programs:
         if self._programs is None:
             raise GalvatronError("there is no state yet", action="call prepare(batch) or step(batch) first")
         return self._programs
 
-    def _ready(self, batch: Any) -> StagePrograms:
+    def _ready(self, batch: Any) -> Programs:
         self.prepare(batch)
-        assert self._programs is not None, "prepare builds them"
-        if _batch_size(batch) != self.plan.global_batch:
+        self._check_samples(_batch_size(batch))
+        return self._ready_programs()
+
+    def _check_samples(self, samples: int) -> None:
+        """Refuse a batch of another size than the plan's, as early as it can be known."""
+        rows = self.plan.global_batch
+        if self._programs is not None:
+            rows = len(self._programs.process_rows)
+        elif jax.process_count() > 1:
+            return
+        if samples not in (self.plan.global_batch, rows):
+            mine = f" (or the {rows} rows of process_rows)" if rows < self.plan.global_batch else ""
             raise PlanError(
-                f"got a batch of {_batch_size(batch)} samples",
-                expected=f"{self.plan.global_batch}, the plan's global batch",
+                f"got a batch of {samples} samples",
+                expected=f"{self.plan.global_batch}, the plan's global batch{mine}",
                 where="batch",
                 action="drop the remainder of the data, or search a plan for this batch",
             )
-        return self._programs
 
-    def _analyse(self, batch: Any, samples: int, plan: Plan | None) -> Analysis:
-        """Analyse at the shape of one microbatch (the whole batch while there is no plan); the last trace is kept."""
-        if plan is not None and samples != plan.global_batch:
-            raise PlanError(
-                f"got a batch of {samples} samples",
-                expected=f"{plan.global_batch}",
-                where="batch",
-                action="see the plan",
-            )
-        size = plan.microbatch_size if plan else samples
-        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
+    def _build(self, batch: Any, plan: Plan) -> Programs:
+        """Build the programs of a plan; none of them is compiled yet."""
+        analysis = self._analyse(batch, plan.microbatch_size, plan.model.name)
+        check_plan(plan, analysis.profile)
+        if len(plan.stages) > 1:
+            return PipelinePrograms(analysis, plan, self._optimizer, jax.devices(), link=self._link)
+        planned = plan_model(analysis, plan, stage_mesh(self._cluster, jax.devices()))
+        return StagePrograms(planned, self._optimizer, plan.microbatches)
+
+    def _search_and_build(self, batch: Any, samples: int) -> Programs:
+        """Search a plan and build its programs; of one stage, where stages cannot be cut."""
+        try:
+            self._plan = self._search(batch, samples, max_stages=None)
+            return self._build(batch, self._plan)
+        except UnsupportedError:
+            self._plan = self._search(batch, samples, max_stages=1)
+            return self._build(batch, self._plan)
+
+    def _analyse(self, batch: Any, samples: int, name: str) -> Analysis:
+        """Analyse at a batch of ``samples``: one microbatch, or all while there is no plan; the last trace is kept."""
+        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((samples, *x.shape[1:]) if x.ndim else (), x.dtype), batch)
         if self._analysis is None or jax.tree.leaves(self._analysis.trace.batch) != jax.tree.leaves(spec):
-            name = (
-                plan.model.name
-                if plan
-                else type(self._source).__name__
-                if isinstance(self._source, nnx.Module)
-                else "model"
-            )
             self._analysis = analyse_model(self._source, self._loss, spec, name=name)
         return self._analysis
 
-    def _search(self, batch: Any, samples: int) -> Plan:
-        profile = self._analyse(batch, samples, None).profile
+    def _search(self, batch: Any, samples: int, max_stages: int | None) -> Plan:
+        name = type(self._source).__name__ if isinstance(self._source, nnx.Module) else "model"
+        profile = self._analyse(batch, samples, name).profile
         hardware = self._hardware or load_hardware(self._cluster.gpu)
         # This version runs attention as XLA compiles it, scores in memory: a plan must not count on a fused kernel.
         hardware = msgspec.structs.replace(hardware, fused_attention=False)
         return find_plan(
-            profile, self._cluster, hardware, global_batches=(samples,), max_stages=1, training=self._training()
+            profile,
+            self._cluster,
+            hardware,
+            global_batches=(samples,),
+            max_stages=max_stages,
+            training=self._training(),
         ).plan
 
     def _training(self) -> Training:
@@ -219,7 +260,7 @@ class ShardedModel:
         state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         return Training(optimizer="optax", state_bytes_per_parameter=round(state_bytes / max(count, 1)))
 
-    def _build_state(self, programs: StagePrograms) -> TrainState:
+    def _build_state(self, programs: Programs) -> Any:
         source = self._source
         if isinstance(source, nnx.Module):
             return programs.adopt(*split_parameters(source)[1:])

@@ -121,3 +121,9 @@ class DeviceMemoryError(GalvatronError, MemoryError):
     """A plan that was predicted to fit ran out of device memory."""
 
     exit_code = 4
+
+
+class DistributedError(GalvatronError, RuntimeError):
+    """Processes that cannot be joined: the environment contradicts itself, a port is busy, a process absent."""
+
+    exit_code = 4

@@ -14,7 +14,7 @@ from flax import nnx
 from galvatron_jax import auto_shard
 from galvatron_jax.analysis import analyse_model, split_parameters
 from galvatron_jax.cluster import Cluster
-from galvatron_jax.errors import DeviceMismatchError, GalvatronError, PlanError, UnsupportedError
+from galvatron_jax.errors import DeviceMismatchError, GalvatronError, PlanError
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, save_plan
 
@@ -125,14 +125,40 @@ def test_plan_given_as_a_file_is_the_plan_in_it(plan: Plan, tmp_path: Path) -> N
     assert auto_shard(build, plan=str(path)).plan == plan
 
 
-def test_plan_with_several_stages_is_refused_naming_their_number(plan: Plan) -> None:
-    stages = tuple(
-        Stage(devices=4, runs=tuple(PlanRun(kind=kind, count=1, strategy=Strategy(dp=4)) for kind in kinds))
-        for kinds in (("embed", "layers.*"), ("layers.*", "head"))
+def pipelined(plan: Plan, microbatches: int = 4) -> Plan:
+    """Two stages of unlike layers, in microbatches."""
+    halves = ((("embed", Strategy(dp=4, zero=3)), ("layers.*", Strategy(tp=2, dp=2))),) + (
+        (("layers.*", Strategy(dp=4, zero=1, remat="full")), ("head", Strategy(tp=4))),
     )
-    two = Plan(model=plan.model, cluster=CLUSTER, global_batch=BATCH, stages=stages)
-    with pytest.raises(UnsupportedError, match="2 pipeline stages"):
-        auto_shard(build, plan=two)
+    stages = tuple(
+        Stage(devices=4, runs=tuple(PlanRun(kind=kind, count=1, strategy=strategy) for kind, strategy in half))
+        for half in halves
+    )
+    return Plan(model=plan.model, cluster=CLUSTER, global_batch=BATCH, microbatches=microbatches, stages=stages)
+
+
+@pytest.mark.multidevice
+def test_pipelined_plan_trains_evaluates_and_hands_everything_back(plan: Plan) -> None:
+    trained = auto_shard(build, plan=pipelined(plan), optimizer=OPTIMIZER)
+    first, second, third = batches(3)
+    losses = [float(trained.step(batch).loss) for batch in (first, second)]
+    kept, expected = trained.neutral_state(), float(trained.eval(third))
+    np.testing.assert_allclose([*losses, expected], single_device_losses(3), rtol=LOSS_RTOL)
+    assert trained.process_rows == tuple(range(BATCH))
+    abstract = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), trained.abstract_state())
+    assert jax.tree.leaves(abstract) == jax.tree.leaves(jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), kept))
+    model = trained.model
+    assert type(model) is Llama
+    graph, state = nnx.split(model)
+    loss = jax.jit(lambda state, batch: next_token_loss(nnx.merge(graph, state), batch))
+    np.testing.assert_allclose(float(loss(state, third)), expected, rtol=LOSS_RTOL)
+    result = trained.step(third)
+    trained.restore_state(kept)
+    np.testing.assert_array_equal(trained.eval(third), np.float32(expected))
+    again = trained.step(third)
+    assert (
+        (again.step, float(again.loss)) == (result.step, float(result.loss)) == (3, pytest.approx(expected, rel=1e-6))
+    )
 
 
 def test_plan_for_other_devices_is_refused_before_any_compile(plan: Plan) -> None:

@@ -1,7 +1,8 @@
 """How a global batch gets onto the devices: by microbatch, and only the rows that a process's devices read.
 
 Row ``m * size + i`` of the global batch is sample ``i`` of microbatch ``m``. On the devices a leaf is
-[microbatches, size, ...], sharded along dimension 1 as the layer that reads it first wants.
+[microbatches, size, ...], sharded along dimension 1 as the layer that reads it first wants; where a step has one
+microbatch and no loop over them, it is [size, ...].
 """
 
 from __future__ import annotations
@@ -21,47 +22,52 @@ class BatchRows:
 
     global_batch: int
     microbatches: int
+    stacked: bool
+    """Leaves have a leading dimension for the microbatches."""
 
     @property
-    def size(self) -> int:
-        """Samples of one microbatch."""
-        return self.global_batch // self.microbatches
+    def grid(self) -> tuple[int, ...]:
+        """Leading dimensions of a leaf on the devices."""
+        size = self.global_batch // self.microbatches
+        return (self.microbatches, size) if self.stacked else (size,)
 
     def read_by(self, places: Iterable[NamedSharding]) -> tuple[int, ...]:
         """Return the global rows that this process's devices read, ascending.
 
         Args:
-            places: Where batch leaves, [microbatches, size, ...], live.
+            places: Where batch leaves live.
         """
-        samples: set[int] = set()
+        rows = np.arange(self.global_batch).reshape(self.grid)
+        read: set[int] = set()
         for place in places:
-            for index in place.addressable_devices_indices_map(
-                (self.microbatches, self.size)[: len(place.spec)]
-            ).values():
-                samples.update(range(self.size)[index[1]] if index is not None and len(index) > 1 else range(self.size))
-        return tuple(m * self.size + i for m in range(self.microbatches) for i in sorted(samples))
+            leading = NamedSharding(place.mesh, jax.sharding.PartitionSpec(*place.spec[: rows.ndim]))
+            for index in leading.addressable_devices_indices_map(rows.shape).values():
+                read.update(rows[index].ravel().tolist())
+        return tuple(sorted(read))
 
     def place(self, leaf: Any, place: NamedSharding, rows: Sequence[int]) -> jax.Array:
         """Put one leaf on the devices.
 
         Args:
-            leaf: The whole batch, or only ``rows`` of it, along dimension 0; a scalar is put everywhere.
-            place: Where [microbatches, size, ...] lives.
+            leaf: The whole batch, or only ``rows`` of it, along dimension 0; a scalar goes to every microbatch.
+            place: Where it is to live.
             rows: The rows that this process's devices read (``read_by``).
         """
-        shape = (self.microbatches, self.size, *leaf.shape[1:])
+        if not np.ndim(leaf):
+            leaf = np.broadcast_to(np.asarray(leaf), self.grid[:-1])
+            return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+        shape = (*self.grid, *leaf.shape[1:])
         if place.is_fully_addressable and leaf.shape[0] == self.global_batch:
             placed: jax.Array = jax.device_put(leaf.reshape(shape), place)
             return placed
-        given = np.asarray(leaf)
-        number = np.arange(self.global_batch) if given.shape[0] == self.global_batch else np.asarray(rows)
-        position = np.full(self.global_batch, -1)
-        position[number] = np.arange(len(number))
+        given, position = np.asarray(leaf), np.full(self.global_batch, -1)
+        position[list(rows) if len(given) < self.global_batch else slice(None)] = np.arange(len(given))
+        position = position.reshape(self.grid)
 
         def shard(index: Any) -> np.ndarray[Any, Any]:
-            found = position.reshape(self.microbatches, self.size)[index[:2]]
+            found = position[index[: position.ndim]]
             assert found.min(initial=0) >= 0, "read_by names every row that a device reads"
-            part: np.ndarray[Any, Any] = given[found][(slice(None), slice(None), *index[2:])]
+            part: np.ndarray[Any, Any] = given[found][(*[slice(None)] * position.ndim, *index[position.ndim :])]
             return part
 
         return jax.make_array_from_callback(shape, place, shard)

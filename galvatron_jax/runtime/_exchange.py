@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._links import PIPE
 from ._mesh import StageMesh
-from ._placing import is_here, restrict
+from ._placing import is_here, key_data, named, restrict
 
 Vectors = list[Any]
 
@@ -55,6 +56,44 @@ class Exchange:
             joined.append(jax.make_array_from_single_device_arrays((count, *local[0].shape[1:]), rows, shards))
         everywhere = self._gather(joined)
         return [self._on_slice(stage, everywhere) for stage in self._slices]
+
+    def spread(self, leaf: jax.Array) -> jax.Array:
+        """Return a copy of an array of one slice that is spread over the devices of all slices.
+
+        Its first dimension that the number of slices still divides is sharded over them too, so that a device holds no
+        more than its part of the model; an array without one is copied to every slice. All processes call it.
+        """
+        place = NamedSharding(self._mesh, self._over_slices(leaf.shape, named(leaf)))
+        if place.is_fully_addressable:
+            moved: jax.Array = jax.device_put(leaf, place, may_alias=False)
+            return moved
+        return self._from_slice(leaf, place)
+
+    def _over_slices(self, shape: tuple[int, ...], place: Any) -> PartitionSpec:
+        spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
+        for dim, size in enumerate(place.shard_shape(shape)):
+            if size % len(self._slices) == 0:
+                axes = () if spec[dim] is None else (spec[dim],) if isinstance(spec[dim], str) else spec[dim]
+                return PartitionSpec(*spec[:dim], (*axes, PIPE), *spec[dim + 1 :])
+        return PartitionSpec(*spec)
+
+    def _from_slice(self, leaf: jax.Array, place: NamedSharding) -> jax.Array:
+        """Spread across processes: stacked over the slices, of which all but one bring zeros, and summed."""
+        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        if is_key:
+            data = self._from_slice(key_data(leaf), NamedSharding(self._mesh, PartitionSpec()))
+            key: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+            return key
+        stacked = NamedSharding(self._mesh, PartitionSpec(PIPE, *named(leaf).spec))
+        shards = [shard.data[None] for shard in leaf.addressable_shards]
+        own = leaf.sharding.shard_shape(leaf.shape)
+        for stage in self._slices:
+            if stage.mesh != named(leaf).mesh:
+                here = stage.replicated.addressable_devices
+                shards += [jax.device_put(jnp.zeros((1, *own), leaf.dtype), device) for device in here]
+        joined = jax.make_array_from_single_device_arrays((len(self._slices), *leaf.shape), stacked, shards)
+        whole: jax.Array = jax.jit(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), out_shardings=place)(joined)
+        return whole
 
     @functools.cached_property
     def _gather(self) -> Callable[[Vectors], Vectors]:

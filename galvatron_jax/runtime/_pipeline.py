@@ -66,7 +66,7 @@ class PipelinePrograms:
         self.stages = [_stage(k, models, cut, ties, plan.microbatches) for k in range(len(models))]
         wiring = wire(models, slices, ties, link)
         self._states = PipelineStates(analysis, cut, self.stages, wiring, link)
-        self._rows = BatchRows(plan.global_batch, plan.microbatches)
+        self._rows = BatchRows(plan.global_batch, plan.microbatches, stacked=True)
         self.executor = Executor(
             self.stages,
             plan.slices,
@@ -104,6 +104,10 @@ class PipelinePrograms:
     def to_stored(self, state: TrainState) -> States:
         """Return the stored state from a neutral one, placed as ``abstract_neutral_state`` says; copies."""
         return self._states.to_stored(state)
+
+    def to_cluster(self, leaf: jax.Array) -> jax.Array:
+        """Return a copy of a leaf of the neutral state that is spread over the devices of all stages."""
+        return self._states.to_cluster(leaf)
 
     # ----------------------------------------------------------------------------------------------------------- steps
     @functools.cached_property

@@ -44,6 +44,15 @@ class StageState(NamedTuple):
     """int32 scalar."""
 
 
+class UserLeaves(NamedTuple):
+    """What a stage holds, in the user's shapes, by position in the user's trees."""
+
+    parameters: dict[int, Any]
+    optimizer: dict[int, Any]
+    model_state: dict[int, Any]
+    step: Any
+
+
 class Gradients(NamedTuple):
     """What is left of the passes of a step."""
 
@@ -103,17 +112,23 @@ class PipelineStage:
         )
 
     @functools.cached_property
-    def to_user(self) -> Callable[[StageState], tuple[dict[int, Any], dict[int, Any]]]:
-        """The compiled function from the state to the user's (parameters, optimizer leaves) by position."""
+    def to_user(self) -> Callable[[StageState], UserLeaves]:
+        """The compiled function from the state to copies of the user's leaves."""
 
-        def user(state: StageState) -> tuple[dict[int, Any], dict[int, Any]]:
-            return to_user(self.model.slots, state.parameters), self.optimizer.to_user(state.optimizer)
+        def user(state: StageState) -> UserLeaves:
+            return UserLeaves(
+                to_user(self.model.slots, state.parameters),
+                self.optimizer.to_user(state.optimizer),
+                dict(zip(self.model.share.state, state.model_state, strict=True)),
+                state.step,
+            )
 
-        return jax.jit(user, out_shardings=self.user_shardings)
+        whole = self.model.mesh.replicated
+        return jax.jit(user, out_shardings=UserLeaves(*self.user_shardings, whole, whole))
 
     @functools.cached_property
     def user_shardings(self) -> tuple[dict[int, NamedSharding], dict[int, NamedSharding]]:
-        """Where the leaves that ``to_user`` returns live."""
+        """Where the parameters and optimizer leaves that ``to_user`` returns live."""
         cut, whole = self.optimizer.cut, self.model.mesh.replicated
         leaves, shapes = jax.tree.leaves(cut.state), [p.shape for p in jax.tree.leaves(cut.parameters)]
         parameters = {leaf: slot.leaf_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}

@@ -19,7 +19,7 @@ from ..analysis import Analysis
 from ._cut_optimizer import CutOptimizer
 from ._links import LinkName, connect
 from ._pipeline_stage import PipelineStage, StageState
-from ._placing import adopt_leaf, everywhere, is_here, remote_array, restrict
+from ._placing import adopt_leaf, everywhere, is_here, key_data, remote_array, restrict
 from ._step import TrainState
 from ._wiring import Wiring, weight_place
 
@@ -76,13 +76,13 @@ class PipelineStates:
     def abstract_neutral(self) -> TrainState:
         """Shape, dtype and place of each leaf of the neutral state."""
         parameters: dict[int, NamedSharding] = {}
-        optimizer: dict[int, NamedSharding] = dict.fromkeys(self._cut.shared_state, self._whole)
+        optimizer: dict[int, NamedSharding] = {}
         state: dict[int, NamedSharding] = {}
-        for stage in self._stages:
-            held, owned = stage.user_shardings
-            parameters = {**held, **parameters}
-            optimizer = {**owned, **optimizer}
-            state = {**dict.fromkeys(stage.model.share.state, stage.model.mesh.replicated), **state}
+        for stage in reversed(self._stages):  # what several stages hold is taken from the first one
+            parameters |= stage.user_shardings[0]
+            optimizer |= stage.user_shardings[1]
+            state |= dict.fromkeys(stage.model.share.state, stage.model.mesh.replicated)
+        optimizer |= dict.fromkeys(self._cut.shared_state, self._whole)
         return TrainState(
             parameters=_with_places(self._trace.parameters, parameters),
             optimizer=_with_places(self._cut.state, optimizer),
@@ -91,24 +91,22 @@ class PipelineStates:
         )
 
     def to_user(self, states: States) -> TrainState:
-        """Return the neutral state."""
+        """Return the neutral state; copies."""
+        found = [stage.to_user(state) for stage, state in zip(self._stages, states, strict=True) if state is not None]
         parameters: Leaves = {}
         optimizer: Leaves = {}
         model_state: Leaves = {}
-        shared: list[Leaves] = []
-        for stage, state in zip(self._stages, states, strict=True):
-            if state is not None:
-                held, owned = stage.to_user(state)
-                parameters, optimizer = {**held, **parameters}, {**owned, **optimizer}
-                model_state = {**dict(zip(stage.model.share.state, state.model_state, strict=True)), **model_state}
-                shared.append(owned)
-        optimizer |= {i: everywhere([found[i] for found in shared], self._whole) for i in self._cut.shared_state}
+        for leaves in reversed(found):  # what several stages hold is taken from the first one
+            parameters |= leaves.parameters
+            optimizer |= leaves.optimizer
+            model_state |= leaves.model_state
+        shared = {i: everywhere([leaves.optimizer[i] for leaves in found], self._whole) for i in self._cut.shared_state}
         abstract = self.abstract_neutral
         return TrainState(
             parameters=_with_handles(abstract.parameters, parameters),
-            optimizer=_with_handles(abstract.optimizer, optimizer),
+            optimizer=_with_handles(abstract.optimizer, optimizer | shared),
             model_state=_with_handles(abstract.model_state, model_state),
-            step=everywhere([state.step for state in states if state is not None], self._whole),
+            step=everywhere([leaves.step for leaves in found], self._whole),
         )
 
     def to_stored(self, state: TrainState) -> States:
@@ -127,6 +125,10 @@ class PipelineStates:
             return made
 
         return self._on_each(stored)
+
+    def to_cluster(self, leaf: jax.Array) -> jax.Array:
+        """Return a copy of a neutral leaf that is spread over the devices of all stages."""
+        return self._wiring.exchange.spread(leaf)
 
     # ---------------------------------------------------------------------------------------------------------- pieces
     def _on_each(self, build: Callable[[PipelineStage], StageState]) -> States:
@@ -164,9 +166,7 @@ def _send_replicated(leaf: Any, source: NamedSharding, target: NamedSharding, li
         return leaf if is_here(target) else None
     data = jax.eval_shape(jax.random.key_data, leaf) if is_key else leaf
     ends = [jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=place) for place in (source, target)]
-    sent = None
-    if is_here(source):
-        sent = [jax.jit(jax.random.key_data, out_shardings=source)(leaf) if is_key else leaf]
+    sent = [key_data(leaf) if is_key else leaf] if is_here(source) else None
     arrived = connect([ends[0]], [ends[1]], link).send(sent)
     if arrived is None:
         return None

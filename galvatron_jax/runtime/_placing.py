@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 def adopt_leaf(value: Any, place: NamedSharding) -> jax.Array:
@@ -59,6 +59,23 @@ def remote_array(array: Any) -> jax.Array:
     """
     handle: jax.Array = jax.make_array_from_single_device_arrays(array.shape, array.sharding, [], dtype=array.dtype)
     return handle
+
+
+def key_data(keys: jax.Array) -> jax.Array:
+    """Return the words of random keys, where the keys are."""
+    place = NamedSharding(named(keys).mesh, PartitionSpec())
+    if not is_here(place):
+        words = jax.eval_shape(jax.random.key_data, keys)
+        return remote_array(jax.ShapeDtypeStruct(words.shape, words.dtype, sharding=place))
+    data: jax.Array = jax.jit(jax.random.key_data, out_shardings=place)(keys)
+    return data
+
+
+def named(array: jax.Array) -> NamedSharding:
+    """Return where an array of ours lives: always a named sharding."""
+    place = array.sharding
+    assert isinstance(place, NamedSharding), "the runtime places arrays on meshes"
+    return place
 
 
 def is_here(place: NamedSharding) -> bool:

@@ -100,7 +100,7 @@ def _cheap_variables(program: Program, lasting: int) -> set[Variable]:
     cheap = set(program.inputs[:lasting]) | set(program.constants)
     for equation in program.equations:
         known = all(isinstance(v, Literal) or v in cheap for v in equation.inputs)
-        if known and (not is_kept(equation.name) or _is_small(equation)):
+        if known and (not is_kept(equation.name, "none") or _is_small(equation)):
             cheap.update(equation.outputs)
     return cheap
 

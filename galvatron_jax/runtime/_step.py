@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from ._batches import BatchRows
 from ._guard import StepMetrics, guarded, step_metrics
 from ._layout import Role
 from ._model import StageModel
+from ._placing import adopt_leaf
 from ._slots import Slot, abstract_stored, to_stored, to_user
 from ._stored_optimizer import StoredOptimizer
 
@@ -101,9 +104,9 @@ class StagePrograms:
         places = self.state_shardings
         leaves = jax.tree.leaves(parameters)
         stored = [_stored_copy(slot, [leaves[leaf] for leaf in slot.leaves]) for slot in self.model.slots]
-        model_state = jax.tree.map(_copied, model_state, places.model_state)
+        model_state = jax.tree.map(adopt_leaf, model_state, places.model_state)
         optimizer = jax.jit(self.stored_optimizer.init, out_shardings=places.optimizer)(stored)
-        return TrainState(stored, optimizer, model_state, jax.device_put(jnp.zeros((), jnp.int32), places.step))
+        return TrainState(stored, optimizer, model_state, adopt_leaf(np.int32(0), places.step))
 
     @functools.cached_property
     def to_user(self) -> Callable[[TrainState], TrainState]:
@@ -116,11 +119,15 @@ class StagePrograms:
         """The compiled function from a neutral state, placed as ``abstract_neutral_state`` says, to the stored one."""
         return jax.jit(self._stored, out_shardings=self.state_shardings)
 
+    @functools.cached_property
+    def process_rows(self) -> tuple[int, ...]:
+        """Rows of the global batch that this process's devices read, ascending."""
+        return self._rows.read_by(self._batch_shardings)
+
     def place_batch(self, leaves: list[Any]) -> list[Any]:
-        """Put the leaves of a global batch on the devices; several microbatches become a leading dimension."""
-        split = [self._split(leaf) for leaf in leaves]
-        placed: list[Any] = jax.device_put(split, self._batch_shardings)
-        return placed
+        """Put a global batch, or the rows ``process_rows`` of it, on the devices, microbatch by microbatch."""
+        places = zip(leaves, self._batch_shardings, strict=True)
+        return [self._rows.place(leaf, place, self.process_rows) for leaf, place in places]
 
     # ------------------------------------------------------------------------------------------------------ programs
     @functools.cached_property
@@ -224,23 +231,17 @@ class StagePrograms:
         placed: list[Any] = jax.lax.with_sharding_constraint(list(arrays), self.model.parameter_shardings(role))
         return placed
 
-    def _split(self, leaf: Any) -> Any:
-        if self.microbatches == 1 or not getattr(leaf, "ndim", 0):
-            return leaf
-        return leaf.reshape(self.microbatches, leaf.shape[0] // self.microbatches, *leaf.shape[1:])
+    @functools.cached_property
+    def _rows(self) -> BatchRows:
+        leaves = jax.tree.leaves(self.model.share.analysis.trace.batch)
+        samples = next((leaf.shape[0] for leaf in leaves if leaf.ndim), 1)
+        return BatchRows(samples * self.microbatches, self.microbatches, stacked=self.microbatches > 1)
 
 
 def _stored_copy(slot: Slot, leaves: Sequence[Any]) -> jax.Array:
     """Return one stored array with the values of the user's ``leaves``; slot by slot: two copies never add up."""
-    parts = [_copied(leaf, slot.leaf_sharding("parameter")) for leaf in leaves]
+    parts = [adopt_leaf(leaf, slot.leaf_sharding("parameter")) for leaf in leaves]
     if not slot.is_stacked:
         return parts[0]
     stacked: jax.Array = jax.jit(lambda parts: jnp.stack(parts), out_shardings=slot.sharding("parameter"))(parts)
     return stacked
-
-
-def _copied(value: Any, place: NamedSharding) -> jax.Array:
-    # The copy comes first: device_put makes the caller's buffer a shard of the result where the caller's device holds
-    # the whole array, whatever ``may_alias`` says (jax 0.10.2), and donating the result would delete it.
-    copy: jax.Array = jax.device_put(jnp.copy(value), place)
-    return copy
