@@ -13,6 +13,8 @@ from ._flatten import flatten as flatten
 from ._flatten import is_call as is_call
 from ._jaxpr import abstract as abstract
 from ._jaxpr import run_equation as run_equation
+from ._local import LocalLayer as LocalLayer
+from ._local import local_layer as local_layer
 from ._marks import Loss as Loss
 from ._marks import split_parameters as split_parameters
 from ._primitives import is_batched as is_batched

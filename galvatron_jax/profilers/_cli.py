@@ -1,4 +1,4 @@
-"""The command line of the profilers: ``python -m galvatron_jax.profilers hardware --mesh 1x8``.
+"""The command line of the profilers: ``python -m galvatron_jax.profilers hardware|model|calibrate``.
 
 JAX is imported after the arguments are read: ``--help`` answers at once, and ``--devices`` must reach XLA before that.
 """
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 done, 2 bad input, 4 environment."""
     options = _parser().parse_args(arguments)
     try:
-        return _hardware(options)
+        return _COMMANDS[options.command](options)
     except GalvatronError as error:
         if options.debug:
             raise
@@ -52,6 +52,23 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("configs/hardware.json"), help="hardware profile to write (%(default)s)")
     add("--quick", action="store_true", help="fewer sizes and repetitions: a first look, in about a minute")
     add("--budget-s", type=_positive, metavar="S", help="seconds to spend (300; with --quick 45)")
+    _add_common(hardware)
+    model = commands.add_parser("model", help="the layers of a model: forward, backward, recomputation, memory")
+    add = model.add_argument
+    add("--model", required=True, metavar="NAME", help="a preset, or MODULE:FUNCTION that returns (model, loss, batch)")
+    add("--mesh", default="1x1", metavar="NODESxGPUS", help="devices that run copies at the same time (%(default)s)")
+    add("--out", type=Path, default=Path("configs/model.json"), help="model profile to write (%(default)s)")
+    add("--samples", type=_counts, default=(1, 2, 4), metavar="N,N", help="samples on one device (1,2,4)")
+    add("--tp", type=_counts, default=(1, 2, 4, 8), metavar="N,N", help="tensor-parallel degrees, as shares (1,2,4,8)")
+    add("--seq", type=_count, metavar="N", help="sequence length of a preset (its own)")
+    add("--dtype", help="compute dtype of a preset (its own)")
+    add("--budget-s", type=_positive, default=180.0, metavar="S", help="seconds to spend (%(default)s)")
+    _add_common(model)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--resume", action="store_true", help="go on from the partial file of an interrupted run")
     add("--base", default="", metavar="NAME", help="profile for what is not measured (by the kind of device)")
     add("--devices", type=_count, metavar="N", help="measure N virtual CPU devices instead of what is in sight")
@@ -59,15 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--processes", type=_count, metavar="N", help="several processes: how many")
     add("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
     add("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def _hardware(options: argparse.Namespace) -> int:
     cluster = parse_cluster(options.mesh)
-    if options.devices:
-        _force_cpu_devices(options.devices)
-    if options.coordinator:
-        _join_processes(options)
+    _choose_devices(options)
     from ._measure import HardwareOrder, measure_hardware
 
     order = HardwareOrder(
@@ -83,6 +96,50 @@ def _hardware(options: argparse.Namespace) -> int:
     if not (options.coordinator and options.process):
         _print_result(result, options, time.monotonic() - start_s)
     return 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    cluster = parse_cluster(options.mesh)
+    _choose_devices(options)
+    from .._user_model import own_model, preset_model
+    from ._layer_report import layer_rows
+    from ._model import ModelOrder, measure_model
+    from ._report import plain_table
+
+    own = ":" in options.model
+    name = options.model.rpartition(":")[2] if own else options.model.strip().lower()
+    model = own_model(options.model) if own else preset_model(name, seq=options.seq, dtype=options.dtype)
+    start_s = time.monotonic()
+    result = measure_model(
+        ModelOrder(
+            model=model,
+            name=name,
+            cluster=cluster,
+            out=options.out,
+            samples=options.samples,
+            degrees=options.tp,
+            budget_s=options.budget_s,
+            resume=options.resume,
+            base=options.base,
+        ),
+        show=_progress(),
+    )
+    if not (options.coordinator and options.process):
+        _clear_line()
+        print(plain_table(layer_rows(result.profile), headings=("", "measured", "workspace")))
+        _print_end(options, result.notes, complete=result.complete, taken_s=time.monotonic() - start_s)
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"hardware": _hardware, "model": _model}
+
+
+def _choose_devices(options: argparse.Namespace) -> None:
+    """Before JAX looks for devices."""
+    if options.devices:
+        _force_cpu_devices(options.devices)
+    if options.coordinator:
+        _join_processes(options)
 
 
 def _force_cpu_devices(devices: int) -> None:
@@ -121,8 +178,7 @@ def _progress() -> Callable[[Progress], None]:
 def _print_result(result: HardwareResult, options: argparse.Namespace, taken_s: float) -> None:
     from ._report import plain_table, report_rows
 
-    if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr)
+    _clear_line()
     rows = report_rows(result.profile, result.base)
     if sys.stdout.isatty():
         _print_rich(rows)
@@ -131,10 +187,19 @@ def _print_result(result: HardwareResult, options: argparse.Namespace, taken_s: 
     print(
         f"\nexpected: profile {result.base.name}. collectives: time at the smallest size, bus bandwidth at the largest"
     )
+    _print_end(options, result.notes, complete=result.complete, taken_s=taken_s)
+
+
+def _clear_line() -> None:
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
+
+
+def _print_end(options: argparse.Namespace, notes: Sequence[str], *, complete: bool, taken_s: float) -> None:
     print(f"wrote {options.out} in {format_seconds(taken_s)}")
-    for note in result.notes:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    if not result.complete and not options.coordinator:
+    if not complete and not options.coordinator:
         print("note: the same command with --resume measures what was left out", file=sys.stderr)
 
 
@@ -164,3 +229,7 @@ def _count(text: str) -> int:
     if not 1 <= value <= 4096:
         raise argparse.ArgumentTypeError(f"got {text}, expected 1 to 4096")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))

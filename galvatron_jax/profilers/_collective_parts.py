@@ -50,8 +50,8 @@ def _link_fields(seconds: Mapping[Subject, float], cluster: Cluster) -> tuple[Fi
     gathers = by_series((s, t) for s, t in seconds.items() if s.what == "all-gather")
     node = cluster.gpus_per_node
     candidates = {
-        "intra_node": {g: p for (_, _, g, stride), p in gathers.items() if stride == 1 and node % g == 0},
-        "inter_node": {g: p for (_, _, g, stride), p in gathers.items() if stride == node},
+        "intra_node": {g: p for (_, _, _, g, stride), p in gathers.items() if stride == 1 and node % g == 0},
+        "inter_node": {g: p for (_, _, _, g, stride), p in gathers.items() if stride == node},
     }
     fields: Fields = {}
     how = {}

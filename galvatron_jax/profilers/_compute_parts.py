@@ -49,7 +49,7 @@ def product_fields(known: Mapping[Subject, Reading], overheads: Overheads, base:
     Dtypes that were not measured keep their proportion to ``main`` in the profile ``base``.
     """
     series = by_series((s, overheads.corrected(r)) for s, r in without_unsteady(known).items() if s.what == MATMUL)
-    fits = {dtype: monotone_fit(points) for (_, dtype, _, _), points in series.items()}
+    fits = {dtype: monotone_fit(points) for (_, dtype, *_), points in series.items()}
     if main not in fits:
         return NOTHING
     rates = {point.size: point.size / point.seconds for point in fits[main].points}

@@ -12,6 +12,7 @@ from ..profile import HardwareProfile
 from ._agenda import MAIN_DTYPE, OVERLAP_SIDE
 from ._collective_parts import collective_fields
 from ._compute_parts import copy_fields, launch_fields, overlap_fields, product_fields
+from ._machine import provenance_of
 from ._parts import UNSTEADY_SPREAD, Part, find_overheads
 from ._readings import Machine, Reading
 from ._text import summarize
@@ -60,6 +61,7 @@ def assemble_profile(
         description=f"{machine.devices} x {machine.device_kind} as {cluster.mesh}, {stamp.split(' on ')[0]}",
         measured=True,
         sources=sources,
+        provenance=provenance_of(machine, base.device, date),
         **measured,
     )
     return Assembly(profile, tuple(notes))

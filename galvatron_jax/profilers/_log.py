@@ -15,20 +15,20 @@ def partial_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.partial.json")
 
 
-def save_readings(path: Path, machine: Machine, readings: Sequence[Reading], *, quick: bool) -> None:
+def save_readings(path: Path, machine: Machine, readings: Sequence[Reading], *, quick: bool, model: str = "") -> None:
     """Write the partial file, atomically.
 
     Raises:
         DocumentError: the folder cannot be written.
     """
-    save(ReadingLog(machine=machine, quick=quick, readings=tuple(readings)), path)
+    save(ReadingLog(machine=machine, quick=quick, model=model, readings=tuple(readings)), path)
 
 
-def resume_readings(path: Path, machine: Machine, *, quick: bool) -> tuple[Reading, ...]:
+def resume_readings(path: Path, machine: Machine, *, quick: bool, model: str = "") -> tuple[Reading, ...]:
     """Return the readings of an interrupted run, none when there was none.
 
     Raises:
-        DocumentError: the file cannot be read, or belongs to another machine, mesh, version or mode.
+        DocumentError: the file cannot be read, or belongs to another machine, mesh, version, mode or model.
     """
     try:
         log = load(path, ReadingLog)
@@ -38,7 +38,7 @@ def resume_readings(path: Path, machine: Machine, *, quick: bool) -> tuple[Readi
         raise DocumentError(
             error.problem, expected=error.expected, where=error.where, action="run again without --resume to start over"
         ) from None
-    found, wanted = _identity(log.machine, log.quick), _identity(machine, quick)
+    found, wanted = _identity(log.machine, log.quick, log.model), _identity(machine, quick, model)
     if found != wanted:
         different = ", ".join(f"{key} {found[key]!r}" for key in found if found[key] != wanted[key])
         raise DocumentError(
@@ -50,5 +50,5 @@ def resume_readings(path: Path, machine: Machine, *, quick: bool) -> tuple[Readi
     return log.readings
 
 
-def _identity(machine: Machine, quick: bool) -> dict[str, object]:
-    return {**{field: getattr(machine, field) for field in machine.__struct_fields__}, "quick": quick}
+def _identity(machine: Machine, quick: bool, model: str) -> dict[str, object]:
+    return {**{field: getattr(machine, field) for field in machine.__struct_fields__}, "quick": quick, "model": model}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,8 @@ class Operand:
     dtype: str = "float32"
     noise: bool = False
     """Varied values, not zeros: a product of zeros draws less power, so a GPU runs it faster than any real one."""
+    below: int = 0
+    """Of integers: scattered from 0 to below this, as rows of a table are looked up; booleans are true."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,8 @@ class Loop:
     """Tiny kernels that each operation brings along to feed its result to the next."""
     products: int = 0
     """Products beside each all-reduce (overlap only)."""
+    flops: float = 0.0
+    """Of one trip on one device, as the compiler counts them (the body of a loop once)."""
 
 
 def group_mesh(devices: Sequence[jax.Device], size: int, stride: int) -> Mesh:
@@ -108,7 +113,7 @@ def compile_loop(step: Step, operands: Sequence[Operand], mesh: Mesh, *, unroll:
         except jax.errors.JaxRuntimeError as error:
             raise _device_error(error) from None
 
-    return Loop(run=run, text=compiled.as_text() or "", operations=unroll)
+    return Loop(run=run, text=compiled.as_text() or "", operations=unroll, flops=_flops(compiled))
 
 
 def _repeat(step: Step, unroll: int) -> Callable[..., State]:
@@ -136,12 +141,32 @@ def _fill(operands: Sequence[Operand], mesh: Mesh) -> State:
 
 
 def _values(operand: Operand) -> jax.Array:
-    if not operand.noise:
+    if not (operand.noise or operand.below):
         return jnp.zeros(operand.shape, operand.dtype)
-    rows, columns = (lax.broadcasted_iota(jnp.float32, operand.shape, axis) for axis in (0, 1))
-    # a hash without structure along rows or columns, variance 1/2; scaled so that products keep their size
-    hashed = jnp.sin(rows * 12.9898 + columns * 78.233 + rows * columns)
-    return (hashed / math.sqrt(operand.shape[0])).astype(operand.dtype)
+    if operand.dtype == "bool":
+        return jnp.ones(operand.shape, bool)
+    bits = _hash(operand.shape)
+    if operand.below:
+        return (bits % np.uint32(operand.below)).astype(operand.dtype)
+    # variance 1/2; scaled so that products keep their size
+    uniform = bits.astype(jnp.float32) * (2 / 2**32) - 1
+    return (uniform * math.sqrt(1.5 / max(1, operand.shape[0]))).astype(operand.dtype)
+
+
+def _hash(shape: Sequence[int]) -> jax.Array:
+    """32 scattered bits for each place: the finaliser of MurmurHash3 (Appleby) over the place's number."""
+    bits = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        bits = bits * np.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return bits ^ (bits >> np.uint32(16))
+
+
+def _flops(compiled: Any) -> float:
+    """Return what the compiler's own cost analysis counts, 0 where it has none."""
+    counted = compiled.cost_analysis() or {}
+    return max(0.0, float(counted.get("flops", 0.0)))
 
 
 def _device_error(error: Exception) -> MeasurementError:

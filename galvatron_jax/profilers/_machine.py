@@ -11,6 +11,7 @@ import numpy as np
 
 from ..cluster import Cluster
 from ..errors import DeviceMismatchError
+from ..measured import Provenance
 from ._loop import platform_of
 from ._readings import Machine
 from ._timing import Agree, alone
@@ -52,6 +53,17 @@ def describe_machine(cluster: Cluster, devices: Sequence[jax.Device]) -> Machine
         mesh=cluster.mesh,
         jax_version=jax.__version__,
         driver=_driver() if platform == "gpu" else "",
+    )
+
+
+def provenance_of(machine: Machine, device: str, date: str) -> Provenance:
+    """Return the fingerprint of what is measured on ``machine`` today; ``device`` names its hardware profile."""
+    return Provenance(
+        device=device,
+        device_kind=machine.device_kind,
+        driver=machine.driver,
+        jax_version=machine.jax_version,
+        date=date,
     )
 
 

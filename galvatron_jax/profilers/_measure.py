@@ -79,7 +79,7 @@ def measure_hardware(
     clock = clock or SystemClock()
     devices = mesh_devices(order.cluster)
     machine = describe_machine(order.cluster, devices)
-    base = _base_profile(order.base, machine)
+    base = base_profile(order.base, machine)
     if order.resume and machine.processes > 1:
         raise UnsupportedError("got --resume with several processes", action="measure from the start")
     partial = partial_path(order.out)
@@ -111,7 +111,12 @@ def measure_hardware(
     return HardwareResult(assembly.profile, base, (*notes, *assembly.notes), not outcome.skipped)
 
 
-def _base_profile(name: str, machine: Machine) -> HardwareProfile:
+def base_profile(name: str, machine: Machine) -> HardwareProfile:
+    """Return the bundled profile of the kind of device, or the one called ``name``.
+
+    Raises:
+        DocumentNotFoundError: there is none of this kind, and none is named.
+    """
     if name or machine.platform == "cpu":
         return load_hardware(name or "cpu")
     try:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..units import format_seconds
 from ._fit import MonotoneFit, Point
-from ._readings import LAUNCH, LOOP, Reading, Subject
+from ._readings import LAUNCH, LOOP, Reading, Series, Subject
 from ._text import format_si
 
 _LEAST_SHARE = 0.2
@@ -72,7 +72,7 @@ def find_overheads(known: Mapping[Subject, Reading]) -> Overheads:
     return Overheads(max(0.0, one.seconds - launch_s), launch_s)
 
 
-def by_series(items: Iterable[tuple[Subject, float]]) -> dict[tuple[str, str, int, int], list[Point]]:
+def by_series(items: Iterable[tuple[Subject, float]]) -> dict[Series, list[Point]]:
     """Return the points of each series, sizes rising."""
     ordered = sorted(items, key=lambda item: (item[0].series, item[0].size))
     return {

@@ -17,6 +17,9 @@ LOOP, LAUNCH, COPY, MATMUL, OVERLAP = "loop", "launch", "copy", "matmul", "overl
 product of two square matrices; an all-reduce beside products that do not need it."""
 
 
+Series = tuple[str, str, str, int, int]
+
+
 class Subject(Value, frozen=True, kw_only=True, omit_defaults=True):
     """One thing to measure."""
 
@@ -26,19 +29,23 @@ class Subject(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Bytes: of the whole array of the group (all-to-all, permute, copy: of the local one); FLOP for products."""
     dtype: str = ""
     """Operands of a product."""
+    layer: str = ""
+    """Layer kind, of a pass of a layer (``what``: a ``PassName``; ``size``: samples; ``group``: tp, on one device)."""
     group: Count = 1
     """Devices in a group; all groups of the mesh work at the same time, as they do in training."""
     stride: Count = 1
     """Distance of neighbours in a group, in the node-major device list."""
 
     @property
-    def series(self) -> tuple[str, str, int, int]:
+    def series(self) -> Series:
         """What subjects that differ only in size have in common."""
-        return self.what, self.dtype, self.group, self.stride
+        return self.what, self.dtype, self.layer, self.group, self.stride
 
     @property
     def text(self) -> str:
         """In words, for example ``"all-reduce over 4 devices, stride 2, 65.5 kB"``."""
+        if self.layer:
+            return f"{self.layer} {self.what}, tp {self.group}, {self.size} sample{'s' * (self.size > 1)}"
         text = " ".join(part for part in (self.dtype, self.what) if part)
         if self.group > 1:
             text += f" over {self.group} devices, stride {self.stride}"
@@ -61,6 +68,8 @@ class Reading(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Kernels with next to nothing to do that each operation brings along."""
     products: Bytes = 0
     """Products beside one all-reduce (overlap only)."""
+    flops: NonNegative = 0.0
+    """Of one operation, as the compiler counts them; 0 where it does not tell."""
 
 
 def overlap_parts(subject: Subject, side: int, readings: Mapping[Subject, Reading]) -> tuple[Reading, Reading] | None:
@@ -101,4 +110,6 @@ class ReadingLog(Document, frozen=True, kw_only=True):
 
     machine: Machine
     quick: bool
+    model: str = ""
+    """Of layers: name, structure, sequence length and dtype."""
     readings: tuple[Reading, ...]

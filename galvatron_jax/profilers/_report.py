@@ -37,10 +37,10 @@ def report_rows(profile: HardwareProfile, base: HardwareProfile) -> tuple[Row, .
     return (*rows, *(_collective_row(table, base) for table in profile.collectives))
 
 
-def plain_table(rows: Sequence[Row]) -> str:
+def plain_table(rows: Sequence[Row], headings: tuple[str, str, str] = HEADINGS) -> str:
     """Return ``rows`` as aligned text, the first column left, the others right."""
-    lines = [HEADINGS, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
+    lines = [headings, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headings))]
     return "\n".join(
         f"{line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}".rstrip() for line in lines
     )

@@ -35,6 +35,10 @@ class Program(Protocol):
     def products(self) -> int:
         """Products beside each all-reduce."""
 
+    @property
+    def flops(self) -> float:
+        """FLOP of one trip, as the compiler counts them."""
+
     def run(self, trips: int, /) -> None:
         """Do so many trips and wait for them."""
 
@@ -121,6 +125,7 @@ class Runner:
             operations=program.operations,
             glue=program.glue,
             products=program.products,
+            flops=program.flops / program.operations,
         )
 
     def _expected_s(self, subject: Subject, readings: Mapping[Subject, Reading]) -> float:

@@ -32,6 +32,7 @@ class FakeProgram:
     operations: int = 1
     glue: int = 0
     products: int = 0
+    flops: float = 0.0
     delays_s: Iterable[float] = ()
 
     def __post_init__(self) -> None:

@@ -211,10 +211,10 @@ def test_one_size_makes_no_table() -> None:
 
 def test_nothing_measured_leaves_the_base_numbers() -> None:
     profile = assemble([]).profile
-    kept = msgspec.structs.replace(
-        profile, name=BASE.name, description=BASE.description, measured=False, sources=BASE.sources
-    )
-    assert kept == BASE
+    assert profile.provenance is not None
+    assert (profile.device, profile.provenance.driver) == (BASE.name, MACHINE.driver)
+    own = {name: getattr(BASE, name) for name in ("name", "description", "measured", "sources", "provenance")}
+    assert msgspec.structs.replace(profile, **own) == BASE
 
 
 def test_sources_say_what_was_measured_and_what_was_not(profile: HardwareProfile) -> None:

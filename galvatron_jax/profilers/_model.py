@@ -1,0 +1,153 @@
+"""Measure the layers of a model on the devices in sight and write its profile with what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from .._document import save
+from .._user_model import UserModel
+from ..analysis import Analysis, analyse_model
+from ..cluster import Cluster
+from ..errors import UnsupportedError
+from ..measured import MemoryTable
+from ..profile import ModelProfile
+from ._layer_agenda import layer_agenda
+from ._layer_loops import pass_loop
+from ._layer_memory import memory_tables
+from ._layer_parts import assemble_layers
+from ._layer_passes import PASSES
+from ._log import partial_path, resume_readings, save_readings
+from ._loop import Loop
+from ._machine import describe_machine, largest_of_all, mesh_devices, provenance_of
+from ._measure import base_profile
+from ._programs import subject_loop
+from ._readings import Reading, Subject
+from ._runner import Progress, Runner
+from ._text import summarize
+from ._timing import Clock, Effort, MeasurementError, SystemClock
+
+TRACED_SAMPLES = 4
+"""As stored profiles are traced: the same analysis, whatever is measured."""
+
+MEMORY_SHARE = 0.2
+"""Of the budget that is kept for compiling the programs whose memory is read."""
+
+_EFFORT = Effort(target_s=0.05, repeats=3)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOrder:
+    """What to measure and where to write it."""
+
+    model: UserModel
+    name: str
+    cluster: Cluster
+    """Devices that run copies of the layers at the same time; one node each process."""
+    out: Path
+    samples: tuple[int, ...] = (1, 2, 4)
+    """On each device."""
+    degrees: tuple[int, ...] = (1, 2, 4, 8)
+    """Tensor-parallel degrees, as shares on one device."""
+    budget_s: float = 180.0
+    resume: bool = False
+    base: str = ""
+    """Hardware profile that stands for the devices; ``""``: by their kind."""
+
+
+class ModelResult(NamedTuple):
+    """A profile that has been written."""
+
+    profile: ModelProfile
+    notes: tuple[str, ...]
+    complete: bool
+
+
+def _ignore(_: Progress) -> None:
+    pass
+
+
+def measure_model(
+    order: ModelOrder, *, clock: Clock | None = None, show: Callable[[Progress], None] = _ignore
+) -> ModelResult:
+    """Measure every layer kind of a model, write its profile to ``order.out`` and return it.
+
+    With several processes each calls this; all measure, the first writes.
+
+    Args:
+        order: What to measure and where to write it.
+        clock: Of this process.
+        show: Called before each measurement.
+
+    Raises:
+        AnalysisError: the model or its loss cannot be traced.
+        DeviceMismatchError: fewer devices than the mesh has.
+        DocumentError: the partial file belongs to something else, or the output cannot be written.
+        UnsupportedError: ``resume`` with several processes.
+    """
+    clock = clock or SystemClock()
+    start_s = clock.now_s()
+    devices = mesh_devices(order.cluster)
+    machine = describe_machine(order.cluster, devices)
+    if order.resume and machine.processes > 1:
+        raise UnsupportedError("got --resume with several processes", action="measure from the start")
+    provenance = provenance_of(machine, base_profile(order.base, machine).name, clock.today())
+    subject = order.model.resized(TRACED_SAMPLES)
+    analysis = analyse_model(subject.model, subject.loss, subject.batch, name=order.name)
+    partial, first, identity = partial_path(order.out), jax.process_index() == 0, _identity(analysis.profile)
+    known = resume_readings(partial, machine, quick=False, model=identity) if order.resume else ()
+
+    def record(readings: Sequence[Reading]) -> None:
+        if first:
+            save_readings(partial, machine, readings, quick=False, model=identity)
+
+    record(known)
+    runner = Runner(
+        build=lambda asked, readings: _loop(asked, readings, analysis, devices),
+        clock=clock,
+        effort=_EFFORT,
+        budget_s=(1 - MEMORY_SHARE) * order.budget_s - (clock.now_s() - start_s),
+        agree=largest_of_all(),
+        record=record,
+        show=show,
+    )
+    outcome = runner.measure(layer_agenda(analysis.profile, order.samples, order.degrees), known)
+    memory = _memory(analysis, order, clock, start_s) if first else {}
+    assembly = assemble_layers(analysis.profile, outcome.readings, memory, provenance)
+    if first:
+        save(assembly.profile, order.out)
+        if not outcome.skipped:
+            partial.unlink(missing_ok=True)
+    notes = summarize("failed", [f"{failed.text}: {reason}" for failed, reason in outcome.failed.items()])
+    notes += summarize("left out", [f"{skipped.text} ({reason})" for skipped, reason in outcome.skipped.items()])
+    return ModelResult(assembly.profile, (*notes, *assembly.notes), not outcome.skipped)
+
+
+def _loop(
+    subject: Subject, readings: Mapping[Subject, Reading], analysis: Analysis, devices: Sequence[jax.Device]
+) -> Loop:
+    for what in PASSES:
+        if subject.what == what:
+            try:
+                return pass_loop(analysis.kinds[subject.layer], what, subject.size, subject.group, devices)
+            except UnsupportedError as error:
+                raise MeasurementError(error.problem, action="skipped") from error
+    return subject_loop(subject, readings, devices)
+
+
+def _memory(analysis: Analysis, order: ModelOrder, clock: Clock, start_s: float) -> dict[str, list[MemoryTable]]:
+    """Tables of each kind, as far as the budget goes."""
+    ends = sorted({order.samples[0], order.samples[-1]})
+    found = {}
+    for name, kind in analysis.kinds.items():
+        if clock.now_s() - start_s < order.budget_s:
+            found[name] = memory_tables(kind, ends, order.degrees)
+    return found
+
+
+def _identity(model: ModelProfile) -> str:
+    return f"{model.name} {model.structure} seq {model.seq} {model.dtype}"
