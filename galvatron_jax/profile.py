@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 
@@ -82,6 +82,11 @@ class Parameter(Value, frozen=True, kw_only=True, omit_defaults=True):
     tied: bool = False
     """A layer before holds the same array (a tied embedding table, a shared block): a stage keeps it once, and it
     counts once as a parameter of the model."""
+    reread: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+    """Remat policies under which the backward pass reads it, so that zero 3 gathers it again (no lookup's table)."""
+    sums: Annotated[int, msgspec.Meta(ge=0)] = 1
+    """Partial results over the batch that its gradient adds up. Each is reduced for itself, or their sum once where the
+    compiler merges; 0: what it is made from is reduced already (``LayerKind.data``)."""
 
     def classes(self) -> tuple[str, ...]:
         """All class names in all dimensions."""

@@ -13,6 +13,7 @@ from ._flatten import flatten as flatten
 from ._flatten import is_call as is_call
 from ._jaxpr import abstract as abstract
 from ._jaxpr import run_equation as run_equation
+from ._kind import AnalysedKind as AnalysedKind
 from ._local import LocalLayer as LocalLayer
 from ._local import local_layer as local_layer
 from ._marks import Loss as Loss
@@ -20,7 +21,6 @@ from ._marks import split_parameters as split_parameters
 from ._primitives import is_batched as is_batched
 from ._primitives import is_kept as is_kept
 from ._primitives import is_kernel_name as is_kernel_name
-from ._profile import AnalysedKind as AnalysedKind
 from ._profile import Analysis as Analysis
 from ._profile import analyse_model as analyse_model
 from ._profile import trained_variables as trained_variables

@@ -2,9 +2,14 @@
 
 A set is legal when no operation holds two of its classes or one of them twice (a mesh axis can shard one dimension of
 an array only), no operation needs one of them whole, none of them is a class of the stream, and each stands first in
-its dimension of every parameter (a ``NamedSharding`` cannot name a minor part of a dimension). Sets are ranked by the
-share of matmul FLOPs they divide, then by the bytes of their collectives. Megatron's choice for a Llama block, {kv
-heads, mlp}, is the best set: it is derived here, not written down.
+its dimension of every parameter (a ``NamedSharding`` cannot name a minor part of a dimension; ``_factored`` rewrites
+programs where that alone is in the way). Sets are ranked by the share of matmul FLOPs they divide, then by the bytes of
+their collectives. Megatron's choice for a Llama block, {kv heads, mlp}, is the best set: it is derived here, not
+written down.
+
+No operation holds two classes of a set, so each operation is divided, and each collective caused, by one class alone:
+the figures of a set are sums of its classes' figures, and the legal sets are the cliques of a graph over at most a
+dozen classes. Complexity: one pass over the operations for each class and each pair of classes.
 """
 
 from __future__ import annotations
@@ -12,10 +17,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 
-from ._collectives import Predicted, sequence_collectives, tensor_collectives
+from ._collectives import Predicted, sequence_collectives, sequence_is_free, tensor_collectives
 from ._dimensions import Op
-from ._layer import Layer
+from ._layer import Layer, phase_of
 
 _MAX_CLASSES = 4
 """Layers with more than four independent blocks of sharded work are unknown; larger sets are not tried."""
@@ -30,9 +36,8 @@ class ClassSet:
 
     classes: frozenset[int]
     flops_share: float
+    collective_bytes: int
     max_degree: int
-    tensor: tuple[Predicted, ...]
-    sequence: tuple[Predicted, ...] | None
 
 
 def stream_classes(layer: Layer) -> frozenset[int]:
@@ -42,26 +47,37 @@ def stream_classes(layer: Layer) -> frozenset[int]:
     return frozenset(f for v in inputs + outputs for f in layer.dimensions.flat_classes(v))
 
 
-def class_sets(layer: Layer, *, seq: int | None) -> list[ClassSet]:
+def class_sets(layer: Layer, *, factored: bool = False) -> list[ClassSet]:
     """Return the legal class sets of ``layer``, best first.
 
     Args:
         layer: The analysed layer.
-        seq: The sequence class, for sequence parallelism; None when there is none.
+        factored: Allow classes that stand behind a factor which must not be sharded (the 3 of a fused qkv).
     """
-    stream = stream_classes(layer)
-    single = sorted(
-        f for f in _parameter_classes(layer) - stream - _hindered(layer) if not _conflicts(layer, frozenset([f]))
-    )
-    legal = [
-        frozenset(chosen)
+    single = {f: _measure(layer, frozenset([f])) for f in _legal_classes(layer, factored)}
+    held = {f: {id(op) for op in layer.ops if f in _held(layer, op)} for f in single}
+    apart = {pair for pair in itertools.combinations(single, 2) if not held[pair[0]] & held[pair[1]]}
+    sets = [
+        _joined([single[f] for f in chosen])
         for count in range(1, min(len(single), _MAX_CLASSES) + 1)
         for chosen in itertools.combinations(single, count)
-        if not _conflicts(layer, frozenset(chosen))
+        if all(pair in apart for pair in itertools.combinations(chosen, 2))
     ]
-    sets = [_measure(layer, chosen, stream, seq) for chosen in legal]
     useful = [s for s in sets if s.flops_share > 0 and s.max_degree > 1]
-    return sorted(useful, key=lambda s: (-round(s.flops_share, _SHARE_DIGITS), _bytes(s), sorted(s.classes)))
+    return sorted(useful, key=lambda s: (-round(s.flops_share, _SHARE_DIGITS), s.collective_bytes, sorted(s.classes)))
+
+
+def tensor_parallel(layer: Layer, found: ClassSet) -> tuple[Predicted, ...]:
+    """Return the collectives of sharding ``found`` with the stream replicated."""
+    return tuple(tensor_collectives(layer, found.classes))
+
+
+def sequence_parallel(layer: Layer, found: ClassSet, seq: int | None) -> tuple[Predicted, ...] | None:
+    """Return the collectives with the stream sharded along ``seq`` between the products, None when not legal."""
+    stream = stream_classes(layer)
+    if seq is None or seq not in stream or not sequence_is_free(layer, found.classes, stream, seq):
+        return None
+    return tuple(sequence_collectives(layer, found.classes, stream, seq))
 
 
 def spill_class(layer: Layer, found: ClassSet) -> tuple[int, int] | None:
@@ -70,12 +86,11 @@ def spill_class(layer: Layer, found: ClassSet) -> tuple[int, int] | None:
     Grouped queries: kv heads ``h`` spill into the query heads of a group ``g``, which follow them in every dimension
     that has both. Keys and values have no ``g``: the ranks that share a kv head compute them alike.
     """
-    stream = stream_classes(layer)
-    others = sorted(_parameter_classes(layer) - stream - found.classes - _needed_whole(layer))
+    others = sorted(_parameter_classes(layer) - stream_classes(layer) - found.classes - _needed_whole(layer))
     for h in sorted(found.classes):
         for g in others:
             apart = found.classes - {h}
-            clash = _conflicts(layer, frozenset([g])) or any(
+            clash = _occurs_twice(layer, g) or any(
                 g in held and held & apart for op in layer.ops for held in [_held(layer, op)]
             )
             if not clash and _follows(layer, h, g):
@@ -86,12 +101,21 @@ def spill_class(layer: Layer, found: ClassSet) -> tuple[int, int] | None:
 def _follows(layer: Layer, h: int, g: int) -> bool:
     """Tell whether ``g`` stands first or right after ``h`` in every dimension, and divides all batched products of it.
 
-    Those of attention: scores and mixture. The head dim, which only the mixture has, would leave the scores whole.
+    Those of attention: scores and mixture. The head dim, which only the mixture has, would leave the scores whole; one
+    that the forward pass sums over would reduce them.
     """
     dims = [dim for op in layer.ops for v in [*op.inputs, *op.outputs] for dim in layer.dimensions.classes(v)]
     placed = all(dim[:1] == [g] or dim[:2] == [h, g] for dim in dims if g in dim)
-    batched = [held for op in layer.ops if op.batched for held in [_held(layer, op)] if h in held]
-    return placed and bool(batched) and all(g in held for held in batched)
+    batched = [op for op in layer.ops if op.batched and h in _held(layer, op)]
+    summed = any(g in layer.contracted(op) for op in batched if phase_of(op) == "forward")
+    return placed and bool(batched) and not summed and all(g in _held(layer, op) for op in batched)
+
+
+# ------------------------------------------------------------------------------------------------------------ legality
+def _legal_classes(layer: Layer, factored: bool) -> list[int]:
+    minor = _minor_classes(layer, factored)
+    found = _parameter_classes(layer) - stream_classes(layer) - _needed_whole(layer) - minor
+    return sorted(f for f in found if not _occurs_twice(layer, f))
 
 
 def _parameter_classes(layer: Layer) -> set[int]:
@@ -100,12 +124,15 @@ def _parameter_classes(layer: Layer) -> set[int]:
     return {f for f in found if not layer.dimensions.factors.is_blocked(f)}
 
 
-def _hindered(layer: Layer) -> set[int]:
-    """Classes that some operation needs whole, or that are a minor part of a parameter's dimension."""
-    found = _needed_whole(layer)
+def _minor_classes(layer: Layer, factored: bool) -> set[int]:
+    """Classes that are a minor part of a parameter's dimension; if ``factored``, not those behind blocked factors."""
+    found: set[int] = set()
     for index in layer.parameters:
         for dim in layer.dimensions.classes(layer.inputs[index]):
-            found.update(dim[1:])
+            first = 0
+            while factored and first < len(dim) and layer.dimensions.factors.is_blocked(dim[first]):
+                first += 1
+            found.update(dim[first + 1 :])
     return found
 
 
@@ -113,17 +140,14 @@ def _needed_whole(layer: Layer) -> set[int]:
     return {f for op in layer.ops for _, dim in op.gathered for f in layer.dimensions.factors.resolve(dim)}
 
 
-def _conflicts(layer: Layer, chosen: frozenset[int]) -> bool:
-    """Tell whether an operation would have to hold two shards over the same axis.
+def _occurs_twice(layer: Layer, factor: int) -> bool:
+    """Tell whether an operation holds ``factor`` twice in one array, or sums over it while its result has it again.
 
-    That is: it holds two classes of ``chosen``; or, for one class alone, it holds it twice in one array, or sums over
-    it while its result has it again (the recurrence of an RNN).
+    The second is the recurrence of an RNN.
     """
-    if len(chosen) > 1:
-        return any(len(_held(layer, op) & chosen) > 1 for op in layer.ops)
     return any(
-        any(_twice(layer.dimensions.flat_classes(v), chosen) for v in [*op.inputs, *op.outputs])
-        or any(layer.contracted(op) & layer.classes(v) & chosen for v in op.outputs)
+        any(layer.dimensions.flat_classes(v).count(factor) > 1 for v in [*op.inputs, *op.outputs])
+        or (factor in layer.contracted(op) and any(factor in layer.classes(v) for v in op.outputs))
         for op in layer.ops
     )
 
@@ -132,18 +156,23 @@ def _held(layer: Layer, op: Op) -> set[int]:
     return {f for v in [*op.inputs, *op.outputs] for f in layer.dimensions.flat_classes(v)}
 
 
-def _twice(classes: list[int], chosen: frozenset[int]) -> bool:
-    return any(classes.count(f) > 1 for f in chosen)
-
-
-def _measure(layer: Layer, chosen: frozenset[int], stream: frozenset[int], seq: int | None) -> ClassSet:
-    usable = seq is not None and seq in stream and not layer.dimensions.factors.is_blocked(seq)
+# ------------------------------------------------------------------------------------------------------------- figures
+def _measure(layer: Layer, chosen: frozenset[int]) -> ClassSet:
     return ClassSet(
         classes=chosen,
         flops_share=_share(layer, chosen),
+        collective_bytes=sum(collective.value.bytes for collective in tensor_collectives(layer, chosen)),
         max_degree=math.gcd(*[layer.dimensions.factors.size(f) for f in chosen]),
-        tensor=tuple(tensor_collectives(layer, chosen)),
-        sequence=tuple(sequence_collectives(layer, chosen, stream, seq)) if usable and seq is not None else None,
+    )
+
+
+def _joined(parts: Iterable[ClassSet]) -> ClassSet:
+    parts = list(parts)
+    return ClassSet(
+        classes=frozenset().union(*[p.classes for p in parts]),
+        flops_share=sum(p.flops_share for p in parts),
+        collective_bytes=sum(p.collective_bytes for p in parts),
+        max_degree=math.gcd(*[p.max_degree for p in parts]),
     )
 
 
@@ -155,7 +184,3 @@ def _share(layer: Layer, chosen: frozenset[int]) -> float:
         return sum(op.flops * op.times for op in dots if any(layer.classes(v) & chosen for v in op.inputs)) / total
     values = [layer.inputs[i] for i in layer.parameters]
     return sum(v.bytes for v in values if layer.classes(v) & chosen) / (sum(v.bytes for v in values) or 1)
-
-
-def _bytes(found: ClassSet) -> int:
-    return sum(collective.value.bytes for collective in found.tensor)

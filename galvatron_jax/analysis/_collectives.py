@@ -51,6 +51,24 @@ def tensor_collectives(layer: Layer, sharded: frozenset[int]) -> list[Predicted]
     return [reduction(layer, op, sharded) for op in layer.ops if layer.contracted(op) & sharded and op.outputs]
 
 
+def sequence_is_free(layer: Layer, sharded: frozenset[int], stream: frozenset[int], seq: int) -> bool:
+    """Tell whether the stream can be sharded along ``seq`` wherever no class of ``sharded`` is.
+
+    It can when nothing there needs ``seq`` whole, and every kernel that reads the stream is one over ``sharded``:
+    attention whose heads are not sharded would have to gather.
+    """
+    factors = layer.dimensions.factors
+    if factors.is_blocked(seq):
+        return False
+    for op in layer.ops:
+        outside = [v for v in _stream_inputs(layer, op, stream) if not layer.classes(v) & sharded]
+        if outside and is_kernel_name(op.name) and not _holds(layer, op, sharded):
+            return False
+        if any(v is value and seq in factors.resolve(dim) for v in outside for value, dim in op.gathered):
+            return False
+    return True
+
+
 def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozenset[int], seq: int) -> list[Predicted]:
     """Return the collectives of sharding ``sharded`` with the stream sharded along ``seq`` between the products.
 
@@ -125,6 +143,11 @@ def without_gradients(layer: Layer, found: Iterable[Predicted]) -> list[Predicte
     return [collective for collective in found if collective.root not in gradients]
 
 
+def gradient_sums(layer: Layer, batch: int | None) -> list[int]:
+    """Return the id of the value that each partial result over ``batch`` ends in, with repetition."""
+    return [root_of(layer, op.outputs[0]) for op in layer.ops if batch in layer.contracted(op) and op.outputs]
+
+
 def reduction(layer: Layer, op: Op, classes: frozenset[int], kind: CollectiveKind = "all-reduce") -> Predicted:
     """Return the collective that completes the partial results of ``op`` over ``classes``."""
     return Predicted(
@@ -132,12 +155,12 @@ def reduction(layer: Layer, op: Op, classes: frozenset[int], kind: CollectiveKin
         kind=kind,
         value=op.outputs[0],
         over=layer.contracted(op) & classes,
-        root=_root(layer, op.outputs[0]),
+        root=root_of(layer, op.outputs[0]),
         recomputed=layer.recomputed_by(op),
     )
 
 
-def _root(layer: Layer, value: Value) -> int:
+def root_of(layer: Layer, value: Value) -> int:
     """Follow ``value`` through operations that a sum may move behind, to the value it ends in."""
     while True:
         readers: Sequence[Op] = layer.readers.get(id(value), ())

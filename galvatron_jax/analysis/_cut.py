@@ -24,7 +24,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Literal
 
 from ._flatten import MARK, Equation, Program, Variable
-from ._jaxpr import abstract, run_equation
+from ._jaxpr import abstract, run_equation, scope_name
 
 EMBED, HEAD, WHOLE = "embed", "head", "model"
 """Kinds of the segments before, after and instead of the repeated layers."""
@@ -227,13 +227,8 @@ def _rebuild(equations: Sequence[Equation], inputs: list[Variable], outputs: lis
         environment = dict(zip(inputs, values, strict=True))
         for e in equations:
             arguments = [v.val if isinstance(v, Literal) else environment[v] for v in e.inputs]
-            with jax.named_scope(_inner_scope(e.scope)):
+            with jax.named_scope(scope_name(e.scope)):
                 environment.update(zip(e.outputs, run_equation(e.eqn, arguments), strict=True))
         return [environment[v] for v in outputs]
 
     return jax.make_jaxpr(run)(*[abstract(v.aval) for v in inputs])
-
-
-def _inner_scope(scope: str) -> str:
-    """Scope text of an equation as the name of one scope (kept for attention marks and error messages)."""
-    return scope.strip("/") or "top"

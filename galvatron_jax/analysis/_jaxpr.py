@@ -51,9 +51,14 @@ def scope_of(eqn: JaxprEqn) -> str:
     return str(eqn.source_info.name_stack)
 
 
-def run_equation(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """Run one equation on ``inputs`` (arrays or tracers) and return its outputs."""
-    bind_params = eqn.primitive.get_bind_params(eqn.params)
+def scope_name(scope: str) -> str:
+    """Return scope text of an equation as the name of one scope (kept for attention marks and error messages)."""
+    return scope.strip("/") or "top"
+
+
+def run_equation(eqn: JaxprEqn, inputs: Sequence[Any], **changes: Any) -> list[Any]:
+    """Run one equation on ``inputs`` (arrays or tracers), some of its parameters changed, and return its outputs."""
+    bind_params = eqn.primitive.get_bind_params({**eqn.params, **changes})
     functions, params = ((), bind_params) if isinstance(bind_params, dict) else bind_params
     outputs = eqn.primitive.bind(*functions, *inputs, **params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]

@@ -160,7 +160,7 @@ def _trace_both_passes(segment: Segment, chosen: tuple[int, ...]) -> tuple[Progr
         counts.update(outputs=len(outputs), kept=len(kept))
         return outputs, kept, gradients
 
-    inputs = [abstract(v.aval) for v in segment.inputs]
+    inputs = [abstract(aval) for aval in segment.program.in_avals]
     cotangents = [abstract(v.aval) for v in segment.outputs if is_differentiable(v.aval.dtype)]
     joint = flatten(jax.make_jaxpr(both_passes)(inputs, cotangents), is_call)
     return joint, counts["outputs"], counts["kept"]

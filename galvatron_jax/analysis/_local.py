@@ -28,7 +28,7 @@ from ._dimensions import Value, Walk, copy_dims
 from ._factors import Factors
 from ._flatten import Equation, Program, Variable, flatten, is_call
 from ._jaxpr import abstract, inner_programs, is_differentiable, run_equation, scan_operands
-from ._profile import AnalysedKind
+from ._kind import AnalysedKind
 
 Shape = tuple[int, ...]
 Pullback = Callable[..., Any]

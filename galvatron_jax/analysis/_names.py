@@ -64,19 +64,18 @@ def _claim(names: Names, factor: int, name: str) -> None:
 
 
 def _role(layer: Layer, factor: int, in_parameters: bool) -> str:
-    products = [op for op in _forward(layer) if op.name == "dot_general"]
-    dots = [op for op in products if factor in _classes(layer, op)]
-    all_mixing = [op for op in products if not any(_is_weight(layer, v) for v in op.inputs)]
-    mixing = [op for op in all_mixing if op in dots]
+    dots = [op for op in _products(layer) if factor in _classes(layer, op)]
     if any(op.name == "gather" and factor in _resolved(layer, op.contracted) for op in layer.ops):
         return "vocab"
     if not in_parameters:
         return "positions"
+    if any(factor in _experts(layer, op) for op in dots):
+        return "expert"
+    mixing = [op for op in _mixing(layer) if op in dots]
     if mixing:
-        if len(mixing) < len(all_mixing):
-            return "head_dim"
-        shared = all(factor in layer.dimensions.flat_classes(v) for op in mixing for v in op.inputs)
-        return "heads" if shared else "group"
+        if all(factor in layer.dimensions.flat_classes(v) for op in mixing for v in [*op.inputs, *op.outputs]):
+            return "heads"
+        return "head_dim" if len(mixing) < len(_beside(layer, mixing)) else "group"
     if any(factor in _resolved(layer, op.contracted) for op in dots):
         return "mlp"
     return "vocab" if any(_sums(layer, op, factor) for op in _forward(layer)) else "features"
@@ -84,6 +83,34 @@ def _role(layer: Layer, factor: int, in_parameters: bool) -> str:
 
 def _forward(layer: Layer) -> list[Op]:
     return [op for op in layer.ops if phase_of(op) == "forward"]
+
+
+def _products(layer: Layer) -> list[Op]:
+    return [op for op in _forward(layer) if op.name in ("dot_general", "ragged_dot_general")]
+
+
+def _mixing(layer: Layer) -> list[Op]:
+    """Products of attention: of two activations, neither dispatching tokens to experts nor combining them."""
+    products = _products(layer)
+    experts = {f for op in products for f in _experts(layer, op)}
+    plain = [op for op in products if not any(_is_weight(layer, v) for v in op.inputs)]
+    return [op for op in plain if not experts & _classes(layer, op)]
+
+
+def _experts(layer: Layer, op: Op) -> set[int]:
+    """Classes over which a product with a weight is batched: every index has a matrix of its own."""
+    if not any(_is_weight(layer, v) for v in op.inputs[:2]):
+        return set()
+    left, right, *_ = (layer.classes(v) for v in op.inputs)
+    whole = {f for _, dim in op.gathered for f in _resolved(layer, dim)} if op.name == "ragged_dot_general" else set()
+    return set(left & right & layer.classes(op.outputs[0])) | {f for f in right & whole if f not in left}
+
+
+def _beside(layer: Layer, mixing: Sequence[Op]) -> list[Op]:
+    """Return the products of the same attention as those of ``mixing``: they share what parameters have."""
+    own = {f for i in layer.parameters for f in layer.classes(layer.inputs[i])}
+    held = {f for op in mixing for f in _classes(layer, op)} & own
+    return [op for op in _mixing(layer) if held & _classes(layer, op)]
 
 
 def _sums(layer: Layer, op: Op, factor: int) -> bool:

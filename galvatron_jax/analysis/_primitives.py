@@ -59,7 +59,7 @@ def is_batched(primitive: str, params: Mapping[str, Any]) -> bool:
     return primitive == "dot_general" and bool(params["dimension_numbers"][1][0])
 
 
-def is_kept(primitive: str, remat: Remat, *, batched: bool = False) -> bool:
+def is_kept(primitive: str, remat: Remat = "none", *, batched: bool = False) -> bool:
     """Tell whether results of ``primitive`` are kept for the backward pass.
 
     ``none`` keeps everything but elementwise operations, views and data movement: those are made again inside fused

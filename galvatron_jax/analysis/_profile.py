@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import msgspec
 
-from ..profile import BATCH, SEQ, Candidate, Collective, LayerKind, LayerRun, ModelProfile, Ulysses
-from ._candidates import ClassSet, class_sets, spill_class, stream_classes
-from ._collectives import data_collectives, tensor_collectives
+from ..profile import BATCH, SEQ, LayerKind, LayerRun, ModelProfile
 from ._cut import Cut, Segment, cut_layers
 from ._flatten import Variable, flatten, holds_marks
 from ._jaxpr import is_differentiable
-from ._layer import Layer, analyse_layer
+from ._kind import AnalysedKind, analyse_kind
 from ._marks import ATTENTION, Loss, Trace, abstract_model, trace_loss
-from ._names import Names, name_classes
-from ._quantities import Quantities
-from ._ulysses import Attention, find_attention, ulysses_collectives
 
 VariableNames = dict[Variable, list[list[str | None]]]
 """Class names of boundary values, by dimension and factor."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AnalysedKind:
-    """One layer kind with the analysis behind its profile."""
-
-    layer: Layer
-    names: Names
-    profile: LayerKind
-    tensor_classes: frozenset[int]
-    """Classes of the best candidate (empty when there is none)."""
-    attention: Attention | None
-    """Attention as Ulysses runs it; None when Ulysses is not legal."""
-
-    @functools.cached_property
-    def stream_classes(self) -> frozenset[int]:
-        """Classes of the values that flow from layer to layer."""
-        return stream_classes(self.layer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,63 +74,9 @@ def _positions(cut: Cut, trained: set[Variable]) -> dict[str, list[int]]:
 def _analyse_kind(
     segment: Segment, paths: dict[Variable, str], differentiated: list[int], names: VariableNames
 ) -> AnalysedKind:
-    parameters = [i for i, v in enumerate(segment.inputs) if v in paths]
-    layer = analyse_layer(segment, parameters, differentiated)
+    parameters = {i: _inner_path(paths[v], segment) for i, v in enumerate(segment.inputs) if v in paths}
     given = {i: names[v] for i, v in enumerate(segment.inputs) if v in names and i not in parameters}
-    class_names = name_classes(layer, given)
-    by_name = {n: f for f, n in class_names.items()}
-    quantities = Quantities(layer, class_names)
-    sets = class_sets(layer, seq=by_name.get(SEQ))[:1]
-    candidates = tuple(_candidate(layer, found, class_names, quantities) for found in sets)
-    data = quantities.collectives(data_collectives(layer, by_name[BATCH], by_name.get(SEQ))) if BATCH in by_name else ()
-    attention = ulysses = None
-    if BATCH in by_name and SEQ in by_name:
-        attention = find_attention(layer, by_name[BATCH], by_name[SEQ])
-    if attention is not None:
-        exchanges = ulysses_collectives(layer, attention, by_name[BATCH], by_name[SEQ])
-        ulysses = Ulysses(
-            classes=tuple(class_names[f] for f in attention.heads), collectives=quantities.collectives(exchanges)
-        )
-    inputs, outputs = quantities.boundaries()
-    own_paths = [_inner_path(paths[segment.inputs[i]], segment) for i in parameters]
-    profile = LayerKind(
-        name=segment.kind,
-        classes={},
-        parameters=quantities.parameters(own_paths),
-        dots=quantities.dots(),
-        traffic=quantities.traffic(),
-        inputs=inputs,
-        outputs=outputs,
-        residuals=quantities.residuals("none"),
-        residuals_dots=quantities.residuals("dots"),
-        workspace=quantities.workspace(),
-        candidates=candidates,
-        ulysses=ulysses,
-        data=data,
-    )
-    sizes = {n: layer.dimensions.factors.size(f) for f, n in class_names.items()}
-    profile = msgspec.structs.replace(profile, classes=_used_classes(profile, sizes))
-    return AnalysedKind(layer, class_names, profile, sets[0].classes if sets else frozenset(), attention)
-
-
-def _candidate(layer: Layer, found: ClassSet, names: Names, quantities: Quantities) -> Candidate:
-    spill = spill_class(layer, found)
-    degree = found.max_degree
-    spilled: tuple[Collective, ...] = ()
-    if spill is not None:
-        sizes = {f: layer.dimensions.factors.size(f) for f in (*found.classes, *spill)}
-        others = [sizes[f] for f in found.classes if f != spill[0]]
-        degree = math.gcd(sizes[spill[0]] * sizes[spill[1]], *others)
-        spilled = quantities.collectives(tensor_collectives(layer, found.classes | {spill[1]}))
-    return Candidate(
-        classes=tuple(sorted(names[f] for f in found.classes)),
-        max_degree=degree,
-        flops_share=min(1.0, found.flops_share),
-        spill={names[spill[0]]: names[spill[1]]} if spill else {},
-        tensor=quantities.collectives(found.tensor),
-        sequence=None if found.sequence is None else quantities.collectives(found.sequence),
-        spilled=spilled,
-    )
+    return analyse_kind(segment, parameters, differentiated, given)
 
 
 def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, AnalysedKind]) -> ModelProfile:
@@ -212,12 +132,6 @@ def _hand_down(segment: Segment, kind: AnalysedKind, names: VariableNames) -> No
 
 def _inner_path(path: str, segment: Segment) -> str:
     return path.removeprefix(segment.name + ".")
-
-
-def _used_classes(kind: LayerKind, sizes: dict[str, int]) -> dict[str, int]:
-    """Keep the classes that some quantity mentions (``batch`` and ``seq`` always)."""
-    text = msgspec.json.encode(kind).decode()
-    return {n: size for n, size in sorted(sizes.items()) if f'"{n}"' in text or n in (BATCH, SEQ)}
 
 
 def _structure(runs: Sequence[LayerRun], kinds: Sequence[LayerKind]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 import msgspec
 
 from ..profile import Array, Boundary, Collective, Dot, Parameter, Phase, Traffic
 from ..strategy import Remat
-from ._collectives import Predicted
+from ._collectives import Predicted, gradient_sums
 from ._dimensions import Op, Value
 from ._fusion import Fusion, unique
 from ._layer import Layer, phase_of
@@ -36,11 +37,19 @@ class Quantities:
         counts = Counter(self.array(value) for value in values)
         return tuple(_with_count(array, n) for array, n in counts.items())
 
-    def parameters(self, paths: Sequence[str]) -> tuple[Parameter, ...]:
+    def parameters(self, paths: Sequence[str], batch: int | None) -> tuple[Parameter, ...]:
         """Return the parameters with the factors of each dimension, in input order."""
+        sums = Counter(root for root in gradient_sums(self.layer, batch))
         return tuple(
-            Parameter(path=path, dtype=value.dtype, compute_dtype=self._compute_dtype(value), dims=self._dims(value))
-            for path, value in zip(paths, [self.layer.inputs[i] for i in self.layer.parameters], strict=True)
+            Parameter(
+                path=path,
+                dtype=self.layer.inputs[index].dtype,
+                compute_dtype=self._compute_dtype(self.layer.inputs[index]),
+                dims=self._dims(self.layer.inputs[index]),
+                reread=self._reread(self.layer.inputs[index]),
+                sums=sums[id(self.layer.gradients.get(index))],
+            )
+            for path, index in zip(paths, self.layer.parameters, strict=True)
         )
 
     def dots(self) -> tuple[Dot, ...]:
@@ -170,6 +179,14 @@ class Quantities:
         summed = Counter(self.layer.dimensions.factors.resolve(op.contracted))
         left, right = (Counter(self.layer.dimensions.flat_classes(v)) for v in op.inputs[:2])
         return left + right - out - summed
+
+    def _reread(self, value: Value) -> tuple[Remat, ...]:
+        readers = self.layer.readers.get(id(value), ())
+        return tuple(
+            remat
+            for remat in get_args(Remat)
+            if any(phase_of(op) == "backward" or remat in self.layer.recomputed_by(op) for op in readers)
+        )
 
     def _compute_dtype(self, value: Value) -> str:
         readers = [op for op in self.layer.readers.get(id(value), ()) if phase_of(op) == "forward"]

@@ -146,15 +146,33 @@ def _expand_dims(rule: Rule) -> list[list[Dim]]:
 
 @register_rule("ragged_dot_general")
 def _ragged_dot(rule: Rule) -> list[list[Dim]]:
-    """Rows [m, k] times group matrices [g, k, n]: rows are sorted by group, so rows and groups must be whole."""
-    rows, weights, group_sizes = rule.inputs[:3]
-    rule.factors.unify(rows.dims[1], weights.dims[1])
-    rule.factors.unify(weights.dims[0], group_sizes.dims[0])
-    rule.op.contracted = list(rows.dims[1])
-    rule.op.needs_whole(rows, rows.dims[0])
-    rule.op.needs_whole(weights, weights.dims[0])
-    rule.op.flops = 2 * math.prod(rows.shape) * weights.shape[2]
-    return [[list(rows.dims[0]), list(weights.dims[2])]]
+    """A product over ragged rows: they are sorted by group, so rows and groups must be whole.
+
+    Rows that are free meet one matrix each of [group, ...]; contracted or batched ones make or keep groups (the
+    gradients of the first).
+    """
+    numbers, (left, right, group_sizes) = rule.params["ragged_dot_dimension_numbers"], rule.inputs[:3]
+    (left_sum, right_sum), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    groups = set(numbers.rhs_group_dimensions)
+    for i, j in [*zip(left_sum, right_sum, strict=True), *zip(left_batch, right_batch, strict=True)]:
+        rule.factors.unify(left.dims[i], right.dims[j])
+    for j in groups:
+        rule.factors.unify(right.dims[j], group_sizes.dims[-1])
+        rule.op.needs_whole(right, right.dims[j])
+    rows = list(numbers.lhs_ragged_dimensions)
+    for i in rows:
+        rule.op.needs_whole(left, left.dims[i])
+    rule.op.contracted = [f for i in left_sum if i not in rows for f in left.dims[i]]
+    left_free = [i for i in range(len(left.shape)) if i not in left_sum and i not in left_batch]
+    right_free = [j for j in range(len(right.shape)) if j not in {*right_sum, *right_batch, *groups}]
+    rule.op.flops = 2 * math.prod(left.shape) * math.prod(right.shape[j] for j in right_free)
+    made = [list(group_sizes.dims[-1])] if set(rows) & set(left_sum) else []
+    return [
+        made
+        + [list(left.dims[i]) for i in left_batch]
+        + [list(left.dims[i]) for i in left_free]
+        + [list(right.dims[j]) for j in right_free]
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- control flow

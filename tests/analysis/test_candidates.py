@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from galvatron_jax.analysis import AnalysedKind, analyse_model
-from galvatron_jax.analysis._candidates import class_sets
+from galvatron_jax.analysis._candidates import class_sets, sequence_parallel, tensor_parallel
 from galvatron_jax.profile import Candidate, Collective
 from tests.support.small_models import (
     BATCH,
@@ -208,16 +208,18 @@ def test_class_that_something_needs_whole_is_not_offered() -> None:
 
 def test_class_sets_are_sorted_by_share_then_bytes() -> None:
     found = kind_of(small_llama(heads=4, kv_heads=4), "layers.*")
-    sets = class_sets(found.layer, seq=None)
-    figures = [(-round(s.flops_share, 3), sum(c.value.bytes for c in s.tensor)) for s in sets]
+    sets = class_sets(found.layer)
+    moved = [sum(c.value.bytes for c in tensor_parallel(found.layer, s)) for s in sets]
+    assert moved == [s.collective_bytes for s in sets], "figures of a set are the sums of its classes' figures"
+    figures = [(-round(s.flops_share, 3), size) for s, size in zip(sets, moved, strict=True)]
     assert len(sets) > 2
     assert figures == sorted(figures)
-    assert all(s.sequence is None for s in sets)
+    assert all(sequence_parallel(found.layer, s, None) is None for s in sets)
 
 
 def test_no_set_holds_two_classes_of_one_operation() -> None:
     found = kind_of(transformers(), "blocks.*")
-    for chosen in class_sets(found.layer, seq=None):
+    for chosen in class_sets(found.layer):
         for op in found.layer.ops:
             held = {f for v in [*op.inputs, *op.outputs] for f in found.layer.classes(v)}
             assert len(held & chosen.classes) <= 1

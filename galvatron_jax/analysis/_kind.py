@@ -1,0 +1,147 @@
+"""One layer kind, from its segment to its profile: both passes, names, candidates, quantities."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from ..profile import BATCH, SEQ, Candidate, Collective, LayerKind, Ulysses
+from ._candidates import ClassSet, class_sets, sequence_parallel, spill_class, stream_classes, tensor_parallel
+from ._collectives import data_collectives, tensor_collectives
+from ._cut import Segment
+from ._factored import factor
+from ._layer import Layer, analyse_layer
+from ._names import Given, Names, name_classes
+from ._quantities import Quantities
+from ._ulysses import Attention, find_attention, ulysses_collectives
+
+_WORTH_FACTORING = 0.001
+"""Share of the FLOPs that a set behind blocked factors must divide beyond the best flat one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysedKind:
+    """One layer kind with the analysis behind its profile."""
+
+    layer: Layer
+    """Its program takes parameters in their stored shapes."""
+    names: Names
+    profile: LayerKind
+    tensor_classes: frozenset[int]
+    """Classes of the best candidate (empty when there is none)."""
+    attention: Attention | None
+    """Attention as Ulysses runs it; None when Ulysses is not legal."""
+    stored_shapes: tuple[tuple[int, ...], ...]
+    """Shape in which the state keeps each parameter, a reshape of the user's: another one only in the factored form."""
+
+    @functools.cached_property
+    def stream_classes(self) -> frozenset[int]:
+        """Classes of the values that flow from layer to layer."""
+        return stream_classes(self.layer)
+
+
+def analyse_kind(
+    segment: Segment,
+    parameters: Mapping[int, str],
+    differentiated: Sequence[int],
+    given: Given,
+    *,
+    factored: bool = False,
+) -> AnalysedKind:
+    """Analyse one layer kind.
+
+    Args:
+        segment: A segment of that kind.
+        parameters: Path inside the layer of each input that is a trained parameter.
+        differentiated: Inputs that need a cotangent.
+        given: Class names already known, by input (see ``name_classes``).
+        factored: Rewrite the program where the flat form of a parameter loses a class (``_factored``); whoever runs it
+            must keep parameters in ``stored_shapes``.
+    """
+    layer = analyse_layer(segment, list(parameters), differentiated)
+    sets = class_sets(layer)
+    if factored:
+        layer, sets = _factored(layer, sets)
+    names = name_classes(layer, given)
+    by_name = {name: f for f, name in names.items()}
+    batch, seq = by_name.get(BATCH), by_name.get(SEQ)
+    quantities = Quantities(layer, names)
+    attention = None if batch is None or seq is None else find_attention(layer, batch, seq)
+    inputs, outputs = quantities.boundaries()
+    profile = LayerKind(
+        name=segment.kind,
+        classes={},
+        parameters=quantities.parameters(list(parameters.values()), batch),
+        dots=quantities.dots(),
+        traffic=quantities.traffic(),
+        inputs=inputs,
+        outputs=outputs,
+        residuals=quantities.residuals("none"),
+        residuals_dots=quantities.residuals("dots"),
+        workspace=quantities.workspace(),
+        candidates=tuple(_candidate(layer, found, quantities, seq) for found in sets[:1]),
+        ulysses=_ulysses(layer, attention, quantities, by_name),
+        data=() if batch is None else quantities.collectives(data_collectives(layer, batch, seq)),
+    )
+    sizes = {name: layer.dimensions.factors.size(f) for f, name in names.items()}
+    return AnalysedKind(
+        layer=layer,
+        names=names,
+        profile=msgspec.structs.replace(profile, classes=_used_classes(profile, sizes)),
+        tensor_classes=sets[0].classes if sets else frozenset(),
+        attention=attention,
+        stored_shapes=tuple(layer.inputs[i].shape for i in layer.parameters),
+    )
+
+
+def _factored(layer: Layer, sets: list[ClassSet]) -> tuple[Layer, list[ClassSet]]:
+    """Return the layer in factored form and its class sets, or both unchanged where the flat form loses nothing."""
+    wanted = next(iter(class_sets(layer, factored=True)), None)
+    flat_share = sets[0].flops_share if sets else 0.0
+    if wanted is None or wanted.flops_share <= flat_share + _WORTH_FACTORING:
+        return layer, sets
+    segment = factor(layer, wanted.classes)
+    if segment is None:
+        return layer, sets
+    layer = analyse_layer(segment, layer.parameters, layer.differentiated)
+    return layer, class_sets(layer)
+
+
+def _candidate(layer: Layer, found: ClassSet, quantities: Quantities, seq: int | None) -> Candidate:
+    names, spill, degree = quantities.names, spill_class(layer, found), found.max_degree
+    spilled: tuple[Collective, ...] = ()
+    if spill is not None:
+        sizes = {f: layer.dimensions.factors.size(f) for f in (*found.classes, *spill)}
+        degree = math.gcd(sizes[spill[0]] * sizes[spill[1]], *[sizes[f] for f in found.classes if f != spill[0]])
+        spilled = quantities.collectives(tensor_collectives(layer, found.classes | {spill[1]}))
+    sequence = sequence_parallel(layer, found, seq)
+    return Candidate(
+        classes=tuple(sorted(names[f] for f in found.classes)),
+        max_degree=degree,
+        flops_share=min(1.0, found.flops_share),
+        spill={names[spill[0]]: names[spill[1]]} if spill else {},
+        tensor=quantities.collectives(tensor_parallel(layer, found)),
+        sequence=None if sequence is None else quantities.collectives(sequence),
+        spilled=spilled,
+    )
+
+
+def _ulysses(
+    layer: Layer, attention: Attention | None, quantities: Quantities, by_name: Mapping[str, int]
+) -> Ulysses | None:
+    if attention is None:
+        return None
+    exchanges = ulysses_collectives(layer, attention, by_name[BATCH], by_name[SEQ])
+    return Ulysses(
+        classes=tuple(quantities.names[f] for f in attention.heads), collectives=quantities.collectives(exchanges)
+    )
+
+
+def _used_classes(kind: LayerKind, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Keep the classes that some quantity mentions (``batch`` and ``seq`` always)."""
+    text = msgspec.json.encode(kind).decode()
+    return {n: size for n, size in sorted(sizes.items()) if f'"{n}"' in text or n in (BATCH, SEQ)}
