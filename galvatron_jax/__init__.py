@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from .profile import HardwareProfile as HardwareProfile
     from .profile import ModelProfile as ModelProfile
     from .search import find_plan as find_plan
+    from .train import AutoTrainer as AutoTrainer
 
 _HOMES = {
+    "AutoTrainer": "train",
     "Cluster": "cluster",
     "HardwareProfile": "profile",
     "ModelProfile": "profile",

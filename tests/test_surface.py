@@ -13,6 +13,7 @@ import galvatron_jax
 from galvatron_jax import _document, cluster, plan, profile
 
 PUBLIC = [
+    "AutoTrainer",
     "Cluster",
     "HardwareProfile",
     "ModelProfile",
@@ -25,7 +26,7 @@ PUBLIC = [
     "find_plan",
     "load_plan",
 ]
-NEEDS_JAX = {"auto_shard"}
+NEEDS_JAX = {"AutoTrainer", "auto_shard"}
 
 
 def test_public_names_are_these() -> None:

@@ -8,6 +8,7 @@ authenticated nor encrypted: trusted networks only.
 from __future__ import annotations
 
 import collections
+import contextlib
 from typing import Any, Protocol
 
 import jax
@@ -33,16 +34,31 @@ class Ranks(Protocol):
         All ranks must exchange the same topics in the same order. Without a text this is a barrier.
         """
 
+    def report(self, text: str) -> None:
+        """Say what this rank does, for whoever asks; waits for nobody."""
+
+    def reports(self) -> dict[int, str]:
+        """Return what each rank last reported."""
+
 
 class OneRank:
     """A run in one process."""
 
     index = 0
     count = 1
+    _report = ""
 
     def exchange(self, topic: str, text: str = "", *, timeout_s: float = EXCHANGE_TIMEOUT_S) -> tuple[str | None, ...]:
         """Return ``text`` alone."""
         return (text,)
+
+    def report(self, text: str) -> None:
+        """See ``Ranks``."""
+        self._report = text
+
+    def reports(self) -> dict[int, str]:
+        """See ``Ranks``."""
+        return {0: self._report}
 
 
 class ServiceRanks:
@@ -59,6 +75,18 @@ class ServiceRanks:
         folder = f"galvatron/{topic}/{self._rounds[topic]}"
         self._client.key_value_set(f"{folder}/{self.index}", text)
         return tuple(self._read(f"{folder}/{rank}", timeout_s) for rank in range(self.count))
+
+    def report(self, text: str) -> None:
+        """See ``Ranks``."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service went down with rank 0
+            self._client.key_value_set(f"galvatron/reports/{self.index}", text, allow_overwrite=True)
+
+    def reports(self) -> dict[int, str]:
+        """See ``Ranks``."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            found = self._client.key_value_dir_get("galvatron/reports/")
+            return {int(key.rsplit("/", 1)[-1]): str(text) for key, text in found}
+        return {}
 
     def _read(self, key: str, timeout_s: float) -> str | None:
         try:

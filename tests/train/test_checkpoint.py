@@ -17,8 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from galvatron_jax.errors import CheckpointError, ConfigError, DocumentError
 from galvatron_jax.runtime import TrainState
+from galvatron_jax.train._config import CheckpointConfig
 from galvatron_jax.train._ranks import OneRank
-from galvatron_jax.train.checkpoint import CheckpointConfig, CheckpointStore, Progress
+from galvatron_jax.train.checkpoint import CheckpointStore, Progress
 from galvatron_jax.train.checkpoint._folder import list_steps, surplus
 from tests.support.plans import small_plan
 

@@ -11,7 +11,8 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from galvatron_jax.errors import DataError
-from galvatron_jax.train.data import DataConfig, Loader, SkippedRecords, open_windows, split_windows
+from galvatron_jax.train._config import DataConfig
+from galvatron_jax.train.data import Loader, SkippedRecords, open_windows, split_windows
 from galvatron_jax.train.data._records import CheckedWindows
 from galvatron_jax.train.data._windows import CorruptRecordError, StreamWindows, SyntheticWindows, Tokens, join_windows
 

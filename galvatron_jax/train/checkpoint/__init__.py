@@ -1,6 +1,5 @@
 """Checkpoints: plan-neutral, written in the background, whole or not there, and checked before they are believed."""
 
-from ._config import CheckpointConfig as CheckpointConfig
 from ._document import Checkpoint as Checkpoint
 from ._document import Progress as Progress
 from ._store import CheckpointStore as CheckpointStore

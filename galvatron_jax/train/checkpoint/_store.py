@@ -24,8 +24,8 @@ from ..._document import load, save
 from ...errors import CheckpointError, DocumentError, GalvatronError
 from ...plan import Plan
 from ...runtime import TrainState
+from .._config import CheckpointConfig
 from .._ranks import Ranks
-from ._config import CheckpointConfig
 from ._document import DOCUMENT_NAME, Checkpoint, Progress
 from ._files import check_files, sum_files
 from ._folder import (

@@ -4,7 +4,6 @@ Everything is indexed: batch ``k`` is the same for any number of processes, and 
 """
 
 from ._loader import Loader as Loader
-from ._open import DataConfig as DataConfig
 from ._open import open_windows as open_windows
 from ._records import SkippedRecords as SkippedRecords
 from ._windows import CorruptRecordError as CorruptRecordError

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import DataError
+from .._config import DataConfig
 from ._records import SkippedRecords
 from ._text import open_tokenizer
-
-if TYPE_CHECKING:
-    from ._open import DataConfig
 
 
 def read_dataset_stream(config: DataConfig) -> tuple[NDArray[np.int32], SkippedRecords]:

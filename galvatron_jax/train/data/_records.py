@@ -11,9 +11,6 @@ from ._windows import CorruptRecordError, Tokens, Windows
 
 _log = logging.getLogger(__name__)
 
-MAX_SKIPPED_SHARE = 0.001
-"""Of all records; more than one per thousand damaged is no accident of storage (notes: fault 19)."""
-
 
 @dataclasses.dataclass
 class SkippedRecords:
@@ -21,7 +18,8 @@ class SkippedRecords:
 
     total: int
     """Records in all."""
-    max_share: float = MAX_SKIPPED_SHARE
+    max_share: float = 0.001
+    """Above this share the run stops; see ``[data] max_skipped_share``."""
     names: dict[str, str] = dataclasses.field(default_factory=dict)
     """Reason by name of the record; a record met twice counts once."""
     _lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)

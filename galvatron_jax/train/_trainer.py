@@ -1,0 +1,360 @@
+"""AutoTrainer: model, loss, optimizer, data and cluster in; a trained model, checkpoints and metrics out.
+
+    trainer = AutoTrainer(build, loss=loss, optimizer=optimizer, config=RunConfig(data=data, run=settings))
+    outcome = trainer.run()
+
+Analysis, search and the compiled step are those of ``auto_shard``. What the trainer adds is everything around the step:
+data in one global order, checkpoints that any other plan can go on from, metrics, and what to do when something fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+import optax
+from flax import nnx
+
+from .._auto_shard import auto_shard
+from .._sharded_model import ShardedModel
+from ..analysis import Loss
+from ..errors import ConfigError, DeviceMemoryError
+from ..models import next_token_loss
+from ..plan import Plan, save_plan
+from ..profile import HardwareProfile
+from ._build import build_optimizer, build_subject
+from ._compiles import CompileWatch, watch_compiles
+from ._config import RunConfig
+from ._faults import FaultPlan, planned_faults
+from ._goodput import Goodput
+from ._identity import check_same_run, fingerprint, read_config, write_config
+from ._judge import Judge
+from ._loop import Loop, Outcome
+from ._memory import is_out_of_memory, learn_margin, memory_error
+from ._plans import PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
+from ._preflight import check_preflight, gather_facts
+from ._profile_window import ProfileWindow
+from ._ranks import Ranks, current_ranks
+from ._report import Reporter
+from ._signals import StopRequest, watch_signals
+from ._trackers import open_trackers, read_metrics
+from ._watchdog import Watchdog
+from .checkpoint import Checkpoint, CheckpointStore
+from .data import Loader, SkippedRecords, Windows, open_windows, split_windows
+from .data._loader import Batch
+from .data._records import CheckedWindows
+
+_log = logging.getLogger(__name__)
+
+DEFAULT_GLOBAL_BATCH = 32
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DataSet:
+    """The data of a run."""
+
+    train: Windows
+    held_out: Windows | None
+    skipped: SkippedRecords
+
+
+class AutoTrainer:
+    """Trains a model under the best plan for the devices at hand, and goes on where it was stopped."""
+
+    def __init__(
+        self,
+        model: nnx.Module | Callable[[], nnx.Module],
+        *,
+        config: RunConfig,
+        loss: Loss | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        learning_rate: optax.Schedule | None = None,
+        data: Windows | None = None,
+        vocab: int | None = None,
+        plan: Plan | None = None,
+        hardware: HardwareProfile | None = None,
+        override_config: bool = False,
+        allow_mismatch: bool = False,
+        retry_oom: int = 0,
+    ) -> None:
+        """Hold the parts; nothing happens before ``run``.
+
+        Args:
+            model: A ``flax.nnx.Module``, or a function that builds one (then no device ever holds the whole model).
+            config: Data, folder, steps, checkpoints, policies; ``[model]`` is not looked at.
+            loss: ``loss(model, batch)``, the mean over the batch; next-token cross-entropy by default.
+            optimizer: Any optax transformation; by default what ``[optimizer]`` says.
+            learning_rate: By step, to show it; known when the optimizer comes from ``[optimizer]``.
+            data: Windows of tokens by index; by default what ``[data]`` says.
+            vocab: Token ids at or above it are refused.
+            plan: How to spread the model; by default ``[run] plan``, the plan in the run's folder, or a search.
+            hardware: What the search prices with; the bundled profile of the cluster's GPU by default.
+            override_config: Let a resumed run change the learning rate and the number of steps.
+            allow_mismatch: Run a plan for another mesh or kind of GPU on equally many devices.
+            retry_oom: How often to plan again, with more memory held back, when a device runs out of it.
+        """
+        steps = config.run.steps
+        own, schedule = build_optimizer(config.optimizer, steps)
+        self._model, self._config = model, config
+        self._loss = loss or next_token_loss
+        self._optimizer = optimizer or own
+        self._learning_rate = learning_rate or (schedule if optimizer is None else None)
+        self._data, self._vocab, self._plan, self._hardware = data, vocab, plan, hardware
+        self._override, self._allow_mismatch, self._retry_oom = override_config, allow_mismatch, retry_oom
+        self.sharded: ShardedModel | None = None
+        """The model in training, once ``run`` has begun."""
+
+    @classmethod
+    def from_config(cls, config: RunConfig, **options: Any) -> AutoTrainer:
+        """Return the trainer of a run file; ``options`` are those of the constructor.
+
+        Raises:
+            ConfigError: the model cannot be built from it.
+        """
+        subject = build_subject(config.model)
+        seq = config.data.seq or subject.seq
+        config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, seq=seq))
+        return cls(subject.build, config=config, loss=subject.loss, vocab=subject.vocab, **options)
+
+    @property
+    def folder(self) -> Path:
+        """Everything that the run writes."""
+        return Path(self._config.run.folder)
+
+    def run(self) -> Outcome:
+        """Train to the end, or to the next checkpoint when somebody asks to stop.
+
+        Raises:
+            GalvatronError: bad input, nothing fits, the environment fails, or a numerical stop; see ``exit_code``.
+        """
+        ranks = current_ranks()
+        faults = planned_faults(os.environ, rank=ranks.index)
+        with watch_signals() as request, watch_compiles() as compiles:
+            for retries in range(self._retry_oom, -1, -1):
+                try:
+                    return self._attempt(ranks, faults, request, compiles)
+                except DeviceMemoryError as error:
+                    if not retries:
+                        raise
+                    _log.warning("%s; planning again with more memory held back", error.message)
+                    self._plan = None
+                    self._config = _without_plan(self._config)
+        raise AssertionError("the last attempt returns or raises")
+
+    # --------------------------------------------------------------------------------------------------------- attempts
+    def _attempt(self, ranks: Ranks, faults: FaultPlan, request: StopRequest, compiles: CompileWatch) -> Outcome:
+        goodput, say = Goodput(), _speaker(ranks)
+        with contextlib.ExitStack() as stack:
+            watchdog = Watchdog(ranks, dump=self.folder / f"stacks-rank{ranks.index}.txt")
+            stack.callback(watchdog.close)
+            watchdog.beat("start", self._config.policy.compile_s)
+            with goodput.measure("setup"):
+                config, choice = self._settle_config(ranks, say)
+                data = self._open_data(config)
+                store = CheckpointStore(
+                    self.folder / "checkpoints", config.checkpoint, ranks, hook=lambda point: faults.at(point)
+                )
+                stack.callback(store.close)
+                sharded = self.sharded = self._shard(config, choice, ranks)
+                loader = self._loader(data.train, config, sharded, faults)
+                stack.callback(loader.close)
+                judge = Judge(config.policy, loader.describe)
+                checkpoint = self._restore(store, sharded, loader, judge, config, data, goodput, say)
+            step = checkpoint.step if checkpoint else 0
+            reporter = self._reporter(config, sharded.plan, ranks)
+            stack.callback(reporter.close)
+            profile = ProfileWindow(config.run.profile, self.folder / f"profile-rank{ranks.index}")
+            stack.callback(profile.close)
+            loop = Loop(
+                config=config,
+                ranks=ranks,
+                sharded=sharded,
+                loader=loader,
+                held_out=self._held_out(data.held_out, config, sharded),
+                store=store,
+                reporter=reporter,
+                judge=judge,
+                watchdog=watchdog,
+                request=request,
+                faults=faults,
+                goodput=goodput,
+                compiles=compiles,
+                profile=profile,
+                learning_rate=self._learning_rate,
+                config_fingerprint=fingerprint(config),
+                data_fingerprint=data.train.fingerprint,
+                step=step,
+            )
+            try:
+                return loop.run()
+            except jax.errors.JaxRuntimeError as error:
+                raise self._translated(error, sharded.plan, f"step {loop.step + 1}") from error
+
+    def _settle_config(self, ranks: Ranks, say: Callable[[str], None]) -> tuple[RunConfig, Choice]:
+        """Fill in what the plan or the run so far decides, check that it is the same run, and keep it."""
+        config, before = self._config, read_config(self.folder)
+        batch = config.data.global_batch or (before.data.global_batch if before else None)
+        choice = choose_plan(
+            config.run, self.folder, given=self._plan, global_batch=batch, allow_mismatch=self._allow_mismatch
+        )
+        for note in choice.notes:
+            say(note)
+        batch = batch or (choice.plan.global_batch if choice.plan else DEFAULT_GLOBAL_BATCH)
+        seq = config.data.seq or (choice.plan.model.seq if choice.plan else None)
+        if seq is None:
+            raise ConfigError("seq is not given", expected="tokens per sample", where="[data]", action="set it")
+        config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, seq=seq, global_batch=batch))
+        if before is not None:
+            for change in check_same_run(before, config, override=self._override, where=str(self.folder)):
+                say(f"changed: {change}")
+        check_preflight(
+            ranks, gather_facts(config=fingerprint(config), plan=choice.plan.fingerprint if choice.plan else "")
+        )
+        if ranks.index == 0:
+            write_config(config, self.folder)
+        return config, choice
+
+    def _open_data(self, config: RunConfig) -> DataSet:
+        assert config.data.seq is not None, "filled in before"
+        windows, skipped = (
+            (self._data, SkippedRecords(len(self._data), config.data.max_skipped_share))
+            if self._data is not None
+            else open_windows(config.data, seq=config.data.seq, vocab=self._vocab)
+        )
+        train, held_out = split_windows(windows, config.data.held_out)
+        return DataSet(
+            CheckedWindows(train, self._vocab, skipped),
+            CheckedWindows(held_out, self._vocab, skipped) if held_out is not None else None,
+            skipped,
+        )
+
+    def _shard(self, config: RunConfig, choice: Choice, ranks: Ranks) -> ShardedModel:
+        sharded = auto_shard(
+            self._model,
+            loss=self._loss,
+            optimizer=self._optimizer,
+            plan=choice.plan,
+            cluster=choice.cluster,
+            hardware=self._hardware or learnt_hardware(self.folder, choice.cluster.gpu),
+        )
+        if config.run.compile_cache:
+            jax.config.update("jax_compilation_cache_dir", config.run.compile_cache)
+        try:
+            plan = sharded.prepare(_abstract_batch(config))
+        except jax.errors.JaxRuntimeError as error:
+            raise self._translated(error, sharded.plan, "building the state") from error
+        if ranks.index == 0:
+            save_plan(plan, self.folder / PLAN_NAME)
+        return sharded
+
+    def _loader(self, windows: Windows, config: RunConfig, sharded: ShardedModel, faults: FaultPlan) -> Loader:
+        return Loader(
+            windows,
+            global_batch=sharded.plan.global_batch,
+            rows=sharded.process_rows,
+            seed=config.data.seed,
+            epochs=config.data.epochs,
+            on_read=lambda number: faults.at("in_loader", number),
+        )
+
+    def _held_out(self, windows: Windows | None, config: RunConfig, sharded: ShardedModel) -> Sequence[Batch]:
+        size = sharded.plan.global_batch
+        if windows is None or len(windows) < size:
+            return ()
+        loader = Loader(windows, global_batch=size, rows=sharded.process_rows, shuffle=False, epochs=1)
+        batches = [next(loader) for _ in range(min(config.run.eval_batches, len(windows) // size))]
+        loader.close()
+        return batches
+
+    def _restore(
+        self,
+        store: CheckpointStore,
+        sharded: ShardedModel,
+        loader: Loader,
+        judge: Judge,
+        config: RunConfig,
+        data: DataSet,
+        goodput: Goodput,
+        say: Callable[[str], None],
+    ) -> Checkpoint | None:
+        goodput.lost_s = _lost_seconds(self.folder, 0)
+        if not store.steps:
+            return None
+        abstract = sharded.abstract_state()
+        for leaf in jax.tree.leaves(sharded.state):
+            leaf.delete()  # else the devices would hold the fresh state beside the restored one
+        restored = store.restore(abstract)
+        if restored is None:
+            return None
+        progress = restored.checkpoint.progress
+        if progress.data != data.train.fingerprint:
+            raise ConfigError(
+                f"the data changed: fingerprint {progress.data} in the checkpoint, {data.train.fingerprint} now",
+                expected="the same files, tokenizer, seq and share held out",
+                where=str(store.folder),
+                action="bring the old data back, or start in another folder",
+            )
+        sharded.restore_state(restored.state)
+        loader.seek(progress.next_batch)
+        judge.recall(progress.losses, progress.skipped_steps)
+        goodput.lost_s = _lost_seconds(self.folder, progress.step)
+        say(f"resumed from step {progress.step}")
+        if change := describe_change(restored.checkpoint.plan, sharded.plan):
+            say(change)
+        return restored.checkpoint
+
+    def _reporter(self, config: RunConfig, plan: Plan, ranks: Ranks) -> Reporter:
+        speaks = ranks.index == 0
+        return Reporter(
+            plan,
+            steps=config.run.steps,
+            every=config.log.every,
+            devices=jax.device_count(),
+            trackers=open_trackers(config.log, self.folder) if speaks else (),
+            out=sys.stdout if speaks else None,
+        )
+
+    def _translated(self, error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> Exception:
+        """Return what an error of XLA means to the user; out of memory teaches the next search."""
+        if not is_out_of_memory(error):
+            other: Exception = error
+            return other
+        hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
+        self._hardware = learn_margin(hardware, self.folder)
+        return memory_error(
+            error,
+            plan,
+            when,
+            "start again without [run] plan to search one that leaves more memory free (what was learnt is in"
+            f" {self.folder / 'hardware.json'}), or add --retry-oom 1",
+        )
+
+
+def _abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    assert config.data.global_batch is not None, "filled in before"
+    assert config.data.seq is not None, "filled in before"
+    spec = jax.ShapeDtypeStruct((config.data.global_batch, config.data.seq), np.int32)
+    return {"inputs": spec, "targets": spec}
+
+
+def _without_plan(config: RunConfig) -> RunConfig:
+    return msgspec.structs.replace(config, run=msgspec.structs.replace(config.run, plan=None))
+
+
+def _lost_seconds(folder: Path, step: int) -> float:
+    """Return how long the steps behind the checkpoint took that an earlier attempt had done already."""
+    done = {r["step"]: r["step_time_s"] for r in read_metrics(folder) if isinstance(r.get("step_time_s"), float)}
+    return float(sum(duration_s for number, duration_s in done.items() if number > step))
+
+
+def _speaker(ranks: Ranks) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if ranks.index == 0 else (lambda _: None)
