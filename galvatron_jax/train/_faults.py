@@ -50,13 +50,11 @@ class FaultPlan:
     def __init__(self, faults: tuple[Fault, ...] = (), *, rank: int = 0, attempt: int = 1) -> None:
         """Keep those that are for this rank and attempt."""
         self._faults = [f for f in faults if f.rank in (None, rank) and f.attempt in (None, attempt)]
-        self.step = 0
-        """Present step; points inside a save have no other clock."""
 
-    def at(self, point: str, step: int | None = None) -> None:
-        """Let the fault happen that is planned for this point, if any."""
+    def at(self, point: str, step: int) -> None:
+        """Let the faults happen that are planned for this point and step (or batch), if any."""
         for fault in self._faults:
-            if fault.point == point and fault.step in (None, self.step if step is None else step):
+            if fault.point == point and fault.step in (None, step):
                 _KINDS[fault.kind](fault)
 
 

@@ -146,8 +146,7 @@ class Loop:
 
     # ----------------------------------------------------------------------------------------------------------- steps
     def _next_batch(self) -> Batch | None:
-        self.faults.step = self.step + 1
-        self.faults.at("before_step")
+        self.faults.at("before_step", self.step + 1)
         return next(self.loader, None)
 
     def _send(self, batch: Batch | None, start: float, *, compiled: bool) -> None:
@@ -155,14 +154,14 @@ class Loop:
         data_wait_s = time.perf_counter() - start
         self.goodput.add("data", data_wait_s)
         if compiled:
-            self.faults.at("compile")
+            self.faults.at("compile", self.step + 1)
         self.profile.before(self.step + 1)
         flags = self._agreement.propose(self._own_flags())
         own_s = time.perf_counter() - start
         result = self.sharded.step(batch)
         self.step += 1
         self._in_flight.append(InFlight(self.step, number, result, flags, data_wait_s, own_s, compiled))
-        self.faults.at("after_step")
+        self.faults.at("after_step", self.step)
 
     def _own_flags(self) -> frozenset[Flag]:
         flags = set()

@@ -160,9 +160,7 @@ class AutoTrainer:
             with goodput.measure("setup"):
                 config, choice = self._settle_config(ranks, say)
                 data = self._open_data(config)
-                store = CheckpointStore(
-                    self.folder / "checkpoints", config.checkpoint, ranks, hook=lambda point: faults.at(point)
-                )
+                store = CheckpointStore(self.folder / "checkpoints", config.checkpoint, ranks, hook=faults.at)
                 stack.callback(store.close)
                 sharded = self.sharded = self._shard(config, choice, ranks)
                 loader = self._loader(data.train, config, sharded, faults)

@@ -66,7 +66,7 @@ def progress(step: int) -> Progress:
     return Progress(step=step, next_batch=step + 2, data="d", config="c", losses=(1.5, 0.1))
 
 
-def open_store(folder: Path, hook: Callable[[str], None] = lambda _: None, **changes: Any) -> CheckpointStore:
+def open_store(folder: Path, hook: Callable[[str, int], None] = lambda *_: None, **changes: Any) -> CheckpointStore:
     return CheckpointStore(folder, CheckpointConfig(**changes), OneRank(), hook=hook)
 
 
@@ -135,8 +135,8 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_whole(tmp_path: Path) -> N
     assert failing.steps == [3, 4]
 
 
-def fail_at(point: str) -> Callable[[str], None]:
-    def hook(name: str) -> None:
+def fail_at(point: str) -> Callable[[str, int], None]:
+    def hook(name: str, _: int) -> None:
         if name == point:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -280,7 +280,7 @@ def test_leftovers_of_killed_processes_are_removed_and_set_aside_ones_kept(tmp_p
 def test_failed_save_leaves_no_files_and_the_next_one_succeeds(tmp_path: Path) -> None:
     failures = iter([True, False])
 
-    def hook(name: str) -> None:
+    def hook(name: str, _: int) -> None:
         if name == "mid_save" and next(failures):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

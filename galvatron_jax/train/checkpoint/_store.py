@@ -43,8 +43,8 @@ _log = logging.getLogger(__name__)
 
 ocp: Any = orbax.checkpoint  # its public names are not marked as such, which strict type checking wants
 
-Hook = Callable[[str], None]
-"""Called with the name of a point of the save; tests let it fail there."""
+Hook = Callable[[str, int], None]
+"""Called with the name of a point of the save and its step; tests let it fail there."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Restored:
 class CheckpointStore:
     """The checkpoints of a run; every process has one and calls the same methods in the same order."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks, *, hook: Hook = lambda _: None) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks, *, hook: Hook = lambda *_: None) -> None:
         """Open the folder; leftovers of killed saves go after all processes have opened it.
 
         Raises:
@@ -114,7 +114,7 @@ class CheckpointStore:
             files={},
         )
         try:
-            self._hook("before_save")
+            self._hook("before_save", progress.step)
             self._orbax.save(step_folder(self.folder, progress.step), args=ocp.args.StandardSave(leaves))
         except Exception as error:
             return self._ended(error)
@@ -161,12 +161,12 @@ class CheckpointStore:
         """Add our document; Orbax calls this on rank 0, in its own thread, when all arrays are on disk."""
         pending = self._pending
         assert pending is not None, "a save under way is pending"
-        self._hook("mid_save")
+        self._hook("mid_save", pending.step)
         name = step_folder(self.folder, pending.step).name
         (temporary,) = self.folder.glob(f"{name}.orbax-checkpoint-tmp*")
         document = msgspec.structs.replace(pending, files=sum_files(temporary))
         save(document.sealed(), temporary / DOCUMENT_NAME)
-        self._hook("before_commit")
+        self._hook("before_commit", pending.step)
 
     # ------------------------------------------------------------------------------------------------------- restoring
     def restore(self, abstract: TrainState) -> Restored | None:
