@@ -13,15 +13,29 @@ from ._timing import MeasurementError as MeasurementError
 from ._timing import SystemClock as SystemClock
 
 if TYPE_CHECKING:
+    from ._calibrate import calibrate as calibrate
+    from ._machine import here as here
     from ._measure import HardwareOrder as HardwareOrder
     from ._measure import HardwareResult as HardwareResult
     from ._measure import measure_hardware as measure_hardware
+    from ._model import ModelOrder as ModelOrder
+    from ._model import measure_model as measure_model
+    from ._runtime import RunMeter as RunMeter
 
-_FROM_MEASURE = ("HardwareOrder", "HardwareResult", "measure_hardware")
+_HOMES = {
+    "HardwareOrder": "_measure",
+    "HardwareResult": "_measure",
+    "ModelOrder": "_model",
+    "RunMeter": "_runtime",
+    "calibrate": "_calibrate",
+    "here": "_machine",
+    "measure_hardware": "_measure",
+    "measure_model": "_model",
+}
 
 
 def __getattr__(name: str) -> object:
     """Import a name when it is first used."""
-    if name not in _FROM_MEASURE:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("._measure", __name__), name)
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -18,14 +18,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from ..analysis import LocalLayer, is_kept
+from ..analysis import LocalLayer, is_batched, is_kept
 from ..measured import Pass
+from ..strategy import Remat
 
 PassName = Literal["forward", "backward", "backward-full", "backward-dots"]
 PASSES: tuple[PassName, ...] = ("forward", "backward", "backward-full", "backward-dots")
 
 ADDED_BY: dict[PassName, Pass] = {"backward-full": "recompute", "backward-dots": "recompute-dots"}
 """What a backward pass that runs forward again adds to the plain one."""
+
+
+_REMAT: dict[PassName, Remat] = {"backward": "none", "backward-full": "full", "backward-dots": "dots"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ def pass_program(layer: LocalLayer, what: PassName) -> PassProgram:
         kept, _ = _pullback(layer, "none")
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in _own(kept, layer))
         return PassProgram(lambda *inputs: _forward(layer, inputs), layer.inputs, size)
-    kept, tree = _pullback(layer, what.removeprefix("backward").removeprefix("-") or "none")
+    kept, tree = _pullback(layer, _REMAT[what])
 
     def run(*arrays: Any) -> Sequence[Any]:
         gradients: Sequence[Any] = jax.tree.unflatten(tree, arrays[: len(kept)])(list(arrays[len(kept) :]))
@@ -64,32 +68,31 @@ def _forward(layer: LocalLayer, inputs: Sequence[Any]) -> list[Any]:
     return [*outputs, *(leaf for leaf in jax.tree.leaves(pullback) if id(leaf) not in given)]
 
 
-def _differentiate(layer: LocalLayer, remat: str, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
+def _differentiate(layer: LocalLayer, remat: Remat, inputs: Sequence[Any]) -> tuple[Any, Any, Any]:
     """``jax.vjp`` of the layer: (differentiable outputs, pullback, all outputs)."""
 
     def forward(*parts: Any) -> tuple[list[Any], list[Any]]:
         values = list(inputs)
         for index, part in zip(layer.differentiated, parts, strict=True):
             values[index] = part
-        outputs = jax.checkpoint(layer.run, policy=_POLICIES[remat])(values)
+        outputs = jax.checkpoint(layer.run, policy=_policy(remat))(values)
         return [o for o in outputs if jnp.issubdtype(o.dtype, jnp.inexact)], outputs
 
     result: tuple[Any, Any, Any] = jax.vjp(forward, *[inputs[i] for i in layer.differentiated], has_aux=True)
     return result
 
 
-def _keep_kernel_results(primitive: Any, *_: Any, **params: Any) -> bool:
-    return is_kept(str(primitive.name))
+def _policy(remat: Remat) -> Callable[..., bool]:
+    """What ``jax.checkpoint`` keeps: the estimate's own rule (``analysis.is_kept``), as in the runtime."""
+
+    def keep(primitive: Any, *_: Any, **params: Any) -> bool:
+        name = str(primitive.name)
+        return is_kept(name, remat, batched=is_batched(name, params))
+
+    return keep
 
 
-_POLICIES: dict[str, Any] = {
-    "none": _keep_kernel_results,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def _pullback(layer: LocalLayer, remat: str) -> tuple[list[jax.ShapeDtypeStruct], Any]:
+def _pullback(layer: LocalLayer, remat: Remat) -> tuple[list[jax.ShapeDtypeStruct], Any]:
     """Leaves and structure of what backward needs, abstract."""
     abstract = jax.eval_shape(lambda inputs: _differentiate(layer, remat, inputs)[1], list(layer.inputs))
     leaves, tree = jax.tree.flatten(abstract)

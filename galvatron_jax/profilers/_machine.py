@@ -67,6 +67,18 @@ def provenance_of(machine: Machine, device: str, date: str) -> Provenance:
     )
 
 
+def here(device: str, date: str) -> Provenance:
+    """Return the fingerprint of the devices in sight; ``device`` names the hardware profile that stands for them."""
+    first = jax.devices()[0]
+    return Provenance(
+        device=device,
+        device_kind=first.device_kind,
+        driver=_driver() if platform_of([first]) == "gpu" else "",
+        jax_version=jax.__version__,
+        date=date,
+    )
+
+
 def largest_of_all() -> Agree:
     """Return a function that makes one number of those of all processes: the largest."""
     if jax.process_count() == 1:
