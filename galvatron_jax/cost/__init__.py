@@ -7,6 +7,7 @@ from ._compute import product_seconds as product_seconds
 from ._compute import traffic_seconds as traffic_seconds
 from ._kind import is_fused as is_fused
 from ._layer import estimate_layer as estimate_layer
+from ._measured import is_measured as is_measured
 from ._memory import memory_budget as memory_budget
 from ._memory import stage_memory as stage_memory
 from ._pipeline import StageTime as StageTime

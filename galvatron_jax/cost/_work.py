@@ -13,6 +13,7 @@ from ..profile import Collective, HardwareProfile, LayerKind, Phase
 from ._collectives import Group, collective_seconds, device_group
 from ._compute import compute_seconds
 from ._kind import array_bytes, is_fused, summarise
+from ._measured import Estimate, pass_seconds
 from ._memo import remembered
 from ._values import Shares
 
@@ -56,14 +57,21 @@ def layer_work(
         gpus: Devices of the stage that share a node.
     """
     tp, dp, sp = strategy
-    shares = Shares.of(Strategy(tp=tp, dp=dp, sp=sp), microbatch)
+    spread = Strategy(tp=tp, dp=dp, sp=sp)
+    shares = Shares.of(spread, microbatch)
     sums = summarise(kind, is_fused(kind, hardware))
     tensor_group, data_group = device_group(tp, 1, gpus), device_group(dp, tp, gpus)
     tensor = tensor_collectives(kind, sp)
 
+    def formula(phase: Phase, again: bool = False) -> Estimate:
+        return lambda s, samples: compute_seconds(
+            sums, phase, Shares.of(s, samples), hardware, causal=causal, again=again
+        )
+
     def work(phase: Phase, again: bool = False) -> PassWork:
+        what, forward = "recompute" if again else phase, formula("forward") if again else None
         return PassWork(
-            compute_seconds(sums, phase, shares, hardware, causal=causal, again=again),
+            pass_seconds(kind, hardware, what, spread, microbatch, formula(phase, again), forward),
             _seconds(kind, tensor, phase, shares, tensor_group, hardware, again),
             _seconds(kind, kind.data, phase, shares, data_group, hardware, again),
         )

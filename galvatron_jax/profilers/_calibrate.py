@@ -134,7 +134,8 @@ def scale_profiles(
         inter_node=_scaled_link(hardware.inter_node, between),
         collectives=tables,
     )
-    return msgspec.structs.replace(model, kinds=tuple(_scaled_kind(kind, compute) for kind in model.kinds)), scaled
+    kinds = tuple(_scaled_kind(kind, compute) for kind in model.kinds)
+    return msgspec.structs.replace(model, kinds=kinds), scaled
 
 
 def record_name(record: RunRecord) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..cluster import parse_cluster
-from ..errors import DeviceMismatchError, GalvatronError
+from ..errors import GalvatronError
 from ..units import format_seconds
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", help="compute dtype of a preset (its own)")
     add("--budget-s", type=_positive, default=180.0, metavar="S", help="seconds to spend (%(default)s)")
     _add_common(model)
+    _add_calibrate(commands.add_parser("calibrate", help="correct profiles by what runs took (run records)"))
     return parser
 
 
@@ -75,6 +76,16 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="several processes: where the first listens")
     add("--processes", type=_count, metavar="N", help="several processes: how many")
     add("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_calibrate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("records", nargs="+", type=Path, metavar="RECORD", help="run records of one model on one kind of device")
+    add("--hardware", metavar="NAME|FILE", help="hardware profile to correct (by the plans' cluster)")
+    add("--profile", metavar="NAME|FILE", help="model profile to correct (the preset of the plans)")
+    add("--out-hardware", type=Path, default=Path("configs/hardware.json"), metavar="FILE", help="(%(default)s)")
+    add("--out-profile", type=Path, metavar="FILE", help="write the model profile too: its measured layers change")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -93,7 +104,7 @@ def _hardware(options: argparse.Namespace) -> int:
     )
     start_s = time.monotonic()
     result = measure_hardware(order, show=_progress())
-    if not (options.coordinator and options.process):
+    if not options.process:
         _print_result(result, options, time.monotonic() - start_s)
     return 0
 
@@ -124,22 +135,31 @@ def _model(options: argparse.Namespace) -> int:
         ),
         show=_progress(),
     )
-    if not (options.coordinator and options.process):
+    if not options.process:
         _clear_line()
         print(plain_table(layer_rows(result.profile), headings=("", "measured", "workspace")))
         _print_end(options, result.notes, complete=result.complete, taken_s=time.monotonic() - start_s)
     return 0
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"hardware": _hardware, "model": _model}
+def _calibrate(options: argparse.Namespace) -> int:
+    from ._cli_calibrate import run_calibrate  # numpy only here
+
+    return run_calibrate(options)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "hardware": _hardware,
+    "model": _model,
+    "calibrate": _calibrate,
+}
 
 
 def _choose_devices(options: argparse.Namespace) -> None:
     """Before JAX looks for devices."""
     if options.devices:
         _force_cpu_devices(options.devices)
-    if options.coordinator:
-        _join_processes(options)
+    _join_processes(options)
 
 
 def _force_cpu_devices(devices: int) -> None:
@@ -150,16 +170,11 @@ def _force_cpu_devices(devices: int) -> None:
 
 
 def _join_processes(options: argparse.Namespace) -> None:
-    import jax
+    """Join the other processes, if there are any: named here, or by the launcher (``distributed``)."""
+    from .. import distributed
 
-    try:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    except (RuntimeError, ValueError) as error:
-        raise DeviceMismatchError(
-            f"the processes did not find each other: {error}",
-            where="--coordinator",
-            action="give --processes and --process to each, and a port that all can reach",
-        ) from None
+    place = distributed.initialize(options.coordinator, options.processes, options.process)
+    options.process = place.process if place else 0
 
 
 def _progress() -> Callable[[Progress], None]:
@@ -199,7 +214,7 @@ def _print_end(options: argparse.Namespace, notes: Sequence[str], *, complete: b
     print(f"wrote {options.out} in {format_seconds(taken_s)}")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    if not complete and not options.coordinator:
+    if not complete:
         print("note: the same command with --resume measures what was left out", file=sys.stderr)
 
 

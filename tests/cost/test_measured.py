@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from galvatron_jax.cluster import Cluster
+from galvatron_jax.cost import Setting, estimate_layer
 from galvatron_jax.cost._measured import interpolate_samples, is_measured, pass_seconds
 from galvatron_jax.measured import Measured, Pass, PassTable, Provenance
+from galvatron_jax.plan import Training
 from galvatron_jax.profile import HardwareProfile, LayerKind
-from galvatron_jax.strategy import Strategy
+from galvatron_jax.strategy import Remat, Strategy
 from tests.support.toy_models import llama_like_profile, toy_hardware
 
 MODEL = llama_like_profile(layers=2, embed=64, heads=8, head_dim=8, mlp=128, vocab=256, seq=32, dtype="float32")
@@ -68,6 +71,29 @@ def test_foreign_measurement_does_not_count(change: str) -> None:
 def test_measured_hardware_of_the_same_device_counts() -> None:
     measured = msgspec.structs.replace(HARDWARE, name="toy-1x8-measured", provenance=HERE)
     assert seconds(block(table(n1=7.0)), Strategy(), 1, measured) == 7.0
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_price_of_a_layer_holds_the_measured_seconds(remat: Remat) -> None:
+    tables = [
+        table(what=what, n1=seconds) for what, seconds in (("forward", 3.0), ("backward", 5.0), ("recompute", 2.0))
+    ]
+    strategy = Strategy(remat=remat)
+    setting = Setting(
+        hardware=HARDWARE,
+        cluster=Cluster(nodes=1, gpus_per_node=1),
+        stage_devices=1,
+        microbatch=1,
+        microbatches=1,
+        training=Training(),
+        causal_attention=True,
+    )
+    measured, formula = (estimate_layer(k, strategy, setting) for k in (block(*tables), MODEL.kind("layers.*")))
+    casts_s = sum(formula.times[name] for name in ("compute", "recompute"))  # microseconds: weights only
+    again_s = 2.0 if remat == "full" else 0.0
+    assert measured.times["compute"] == pytest.approx(8.0, abs=casts_s)
+    assert measured.times["recompute"] == pytest.approx(again_s, abs=casts_s)
+    assert measured.memory == formula.memory
 
 
 def test_recomputation_without_a_measurement_is_scaled_like_forward() -> None:

@@ -45,7 +45,7 @@ def test_loop_holds_the_whole_pass(layer: str, what: PassName) -> None:
     """By the compiler's own count of FLOPs: nothing of it was dropped or taken out (feeding adds a little)."""
     kind = llama().kinds[layer]
     program = pass_program(local_layer(kind, 2, 2), what)
-    alone = jax.jit(program.run).lower(*program.inputs).compile().cost_analysis()["flops"]
+    alone = (jax.jit(program.run).lower(*program.inputs).compile().cost_analysis() or {})["flops"]
     loop = pass_loop(kind, what, 2, 2, jax.devices()[:1])
     assert 0.98 * alone <= loop.flops <= 1.25 * alone + 2000
     loop.run(2)

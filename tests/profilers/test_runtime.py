@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import jax.numpy as jnp
 import msgspec
 import numpy as np
 import pytest
 
-from galvatron_jax._document import decode, encode
+from galvatron_jax._document import decode, encode, load, save
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.cost import estimate_plan
 from galvatron_jax.errors import DocumentError, GalvatronError
 from galvatron_jax.measured import Provenance
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
+from galvatron_jax.profile import HardwareProfile
 from galvatron_jax.profilers._calibrate import calibrate, scale_profiles
+from galvatron_jax.profilers._cli import main
 from galvatron_jax.profilers._runtime import RunMeter
 from galvatron_jax.record import DeviceMemory, RunRecord
 from tests.support.toy_models import llama_like_profile, toy_hardware
@@ -51,7 +55,9 @@ def runs_with(factors: tuple[float, float, float], noise: float = 0.0) -> list[R
     model, truth = scale_profiles(MODEL, HARDWARE, factors)
     random = np.random.default_rng(0)
     plans = [plan_of(s, batch) for s, batch in itertools.product(STRATEGIES, (8, 16))]
-    return [run_of(p, estimate_plan(p, model, truth).step_time_s * np.exp(noise * random.normal())) for p in plans]
+    return [
+        run_of(p, estimate_plan(p, model, truth).step_time_s * float(np.exp(noise * random.normal()))) for p in plans
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- meter
@@ -139,3 +145,18 @@ def test_memory_above_the_prediction_is_kept_free_from_now_on() -> None:
     peak = max(stage.peak_bytes for stage in record.plan.predicted.stages)
     full = msgspec.structs.replace(record, memory=(DeviceMemory(device=0, peak_bytes=peak + 1000),))
     assert calibrate([full], MODEL, HARDWARE).hardware.reserved_bytes == HARDWARE.reserved_bytes + 1000
+
+
+def test_calibrate_command_writes_the_corrected_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, record in enumerate(runs_with((1.3, 1.0, 1.0))):
+        save(record, tmp_path / f"{number}.json")
+    save(MODEL, tmp_path / "model.json")
+    save(HARDWARE, tmp_path / "hardware.json")
+    records = [str(path) for path in sorted(tmp_path.glob("[0-9].json"))]
+    flags = ["--hardware", str(tmp_path / "hardware.json"), "--profile", str(tmp_path / "model.json")]
+    assert main(["calibrate", *records, *flags, "--out-hardware", str(tmp_path / "new.json")]) == 0
+    assert re.search(r"seconds of compute: x 1\.(29|30)", capsys.readouterr().out)
+    corrected = load(tmp_path / "new.json", HardwareProfile)
+    rate = HARDWARE.matmul_flops_per_s["float32"] / 1.3
+    assert corrected.matmul_flops_per_s["float32"] == pytest.approx(rate, rel=0.02)
+    assert f"{len(records)} run records" in corrected.sources["calibration"]
