@@ -34,8 +34,9 @@ def only_writer(path: str | Path) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     made = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle = _held(lock, path)
+    except BusyError:
+        raise
     except OSError as error:
         raise DocumentError(
             f"cannot write there: {error.strerror or error}", where=str(path), action="choose another path"
@@ -51,8 +52,13 @@ def only_writer(path: str | Path) -> Iterator[None]:
 
 
 def _held(lock: Path, path: Path) -> int:
+    """The open lock file, locked. Tries again when its owner before took the file, or its empty folder, away."""
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except FileNotFoundError:
+            continue
         try:
             if _take(handle, path) and _is_at(handle, lock):
                 os.ftruncate(handle, 0)

@@ -1,0 +1,257 @@
+"""The HTML report: what it draws is what the cost model says, no name breaks it, and a real browser shows it."""
+
+from __future__ import annotations
+
+import html
+import html.parser
+import re
+import shutil
+import subprocess
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from galvatron_jax.cluster import parse_cluster
+from galvatron_jax.cost import estimate_plan, plan_timeline
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
+from galvatron_jax.profile import LayerRun, ModelProfile
+from galvatron_jax.search import find_plan
+from galvatron_jax.search.explain import Subject, memory_frontier
+from galvatron_jax.search.html import PageContent, render_page, write_page
+from galvatron_jax.search.html._draw import ticks
+from galvatron_jax.search.html._markup import tag
+from tests.support.toy_models import llama_like_profile, toy_hardware
+
+HOSTILE = '<script>document.title="broken"</script>'
+MODEL = llama_like_profile(layers=6, embed=512, heads=8, head_dim=64, mlp=1536, vocab=5000, seq=512)
+CLUSTER = parse_cluster("2x2")
+VOID = {"meta", "br", "line", "rect", "path", "circle"}
+
+
+def hostile_model() -> ModelProfile:
+    """The model with markup in every name that a page shows."""
+    kinds = tuple(
+        msgspec.structs.replace(kind, name=f'"><img src=x onerror=1>{HOSTILE}{kind.name}') for kind in MODEL.kinds
+    )
+    runs = tuple(LayerRun(kind=kinds[i].name, count=run.count) for i, run in enumerate(MODEL.layers))
+    return msgspec.structs.replace(MODEL, name=HOSTILE, structure=HOSTILE, kinds=kinds, layers=runs)
+
+
+def pipeline(schedule: str, slices: int, microbatches: int, chunks: int = 1) -> Plan:
+    """A plan of one layer a stage or so, with remat in some layers, for any schedule."""
+    order = [run.kind for run in MODEL.layers for _ in range(run.count)]
+    devices, stages = CLUSTER.devices // slices, slices * chunks
+    ends = [round(len(order) * s / stages) for s in range(stages + 1)]
+    remat = Strategy(dp=devices, remat="full")
+    plan = Plan(
+        model=model_reference(MODEL),
+        cluster=CLUSTER,
+        global_batch=4 * microbatches,
+        microbatches=microbatches,
+        schedule=schedule,  # type: ignore[arg-type]
+        chunks=chunks,
+        stages=tuple(
+            Stage(
+                devices=devices,
+                runs=tuple(
+                    PlanRun(kind=order[i], count=1, strategy=remat if i % 3 else Strategy(dp=devices))
+                    for i in range(ends[s], ends[s + 1])
+                ),
+            )
+            for s in range(stages)
+        ),
+    )
+    return msgspec.structs.replace(plan, predicted=estimate_plan(plan, MODEL, toy_hardware()))
+
+
+PLANS = [("1f1b", 1, 4, 1), ("1f1b", 2, 4, 1), ("gpipe", 2, 4, 1), ("1f1b", 4, 2, 1), ("interleaved-1f1b", 2, 4, 2)]
+
+
+@pytest.mark.parametrize("shape", PLANS, ids=str)
+def test_timeline_ends_with_the_step_and_never_does_two_things_at_once(shape: tuple[str, int, int, int]) -> None:
+    plan = pipeline(*shape)
+    assert plan.predicted is not None
+    timeline = plan_timeline(plan, MODEL, toy_hardware())
+    assert timeline.step_time_s == pytest.approx(plan.predicted.step_time_s, rel=1e-12)
+    assert len(timeline.spans) == plan.slices
+    for spans in timeline.spans:
+        assert len(spans) == 2 * plan.microbatches * plan.chunks + 1
+        for before, after in zip(spans, spans[1:], strict=False):
+            assert after.start_s >= before.end_s * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("shape", PLANS, ids=str)
+def test_highest_memory_of_the_picture_is_the_predicted_peak(shape: tuple[str, int, int, int]) -> None:
+    plan = pipeline(*shape)
+    assert plan.predicted is not None
+    timeline = plan_timeline(plan, MODEL, toy_hardware())
+    for s, levels in enumerate(timeline.levels):
+        memory = plan.predicted.stages[s].memory
+        highest = max(level.residual_bytes + level.live_bytes for level in levels)
+        assert highest == pytest.approx(memory["residuals"] + memory["live"], rel=1e-6)
+        assert min(level.residual_bytes for level in levels) >= 0
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with all sections for a plan whose model has hostile names."""
+    model = hostile_model()
+    found = find_plan(model, CLUSTER, toy_hardware(), global_batches=(16,), max_stages=2)
+    content = PageContent(
+        subject=Subject(found.plan, model, toy_hardware()),
+        baselines=found.baselines,
+        frontier=memory_frontier(found.split, (16,)),
+        note=HOSTILE,
+    )
+    return write_page(tmp_path_factory.mktemp("page") / "report.html", content)
+
+
+class Balance(html.parser.HTMLParser):
+    """Checks that elements close in order, and collects names and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_holds_no_script_and_no_address(page: Path) -> None:
+    text = page.read_text()
+    parsed = Balance()
+    parsed.feed(text)
+    assert parsed.open == []
+    assert not parsed.seen & {"script", "img", "link", "iframe", "object"}
+    assert not [name for name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href")]
+    assert "http://" not in text
+    assert "https://" not in text
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in parsed.attributes
+    assert "&lt;script&gt;" in text  # the name is shown, as text
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
+
+
+def test_sections_are_there(page: Path) -> None:
+    text = page.read_text()
+    for title in ("Plan", "One step", "Memory", "Where the time goes", "Beside it", "Memory against speed"):
+        assert f"<h2>{title}</h2>" in text
+    assert "this plan" in text
+
+
+@pytest.mark.parametrize("shape", PLANS, ids=str)
+def test_page_of_every_schedule_is_drawn(shape: tuple[str, int, int, int]) -> None:
+    plan = pipeline(*shape)
+    text = render_page(PageContent(subject=Subject(plan, MODEL, toy_hardware())))
+    assert text.count("<svg") == 2 + plan.slices
+    assert text.count('class="block"') == sum(len(stage.runs) for stage in plan.stages)
+    assert 'fill="url(#hatch)"' in text
+
+
+def test_attributes_and_text_are_escaped() -> None:
+    assert tag("b", "<&>", title='"') == '<b title="&quot;">&lt;&amp;&gt;</b>'
+    assert tag("p", tag("b", "x")) == "<p><b>x</b></p>"
+
+
+@pytest.mark.parametrize("top", [0.0, 1e-6, 0.37, 1.0, 9.5, 73.6, 12345.0])
+def test_ticks_are_round_and_within(top: float) -> None:
+    values = ticks(top)
+    assert values[0] == 0
+    assert all(0 <= value <= top * (1 + 1e-9) for value in values)
+    assert len(values) <= 12
+
+
+# ----------------------------------------------------------------------------------------------------------- browser
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+MEASURE = """<script>
+const wide = [...document.querySelectorAll("body *")].filter(
+  e => !e.closest(".chart, .scroll") && e.getBoundingClientRect().right > innerWidth + 1);
+const charts = [...document.querySelectorAll("svg")].filter(e => e.getBoundingClientRect().height > 20);
+document.title = JSON.stringify({width: innerWidth, wide: wide.length, charts: charts.length});
+</script>"""
+
+
+def browse(page: Path, *flags: str) -> str:
+    """Open a page in a real browser; return what it prints."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
+    command = [
+        found,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        f"--user-data-dir={page.parent}/profile",
+    ]
+    done = subprocess.run([*command, *flags, f"file://{page}"], capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+def test_browser_runs_nothing_that_a_name_says(page: Path) -> None:
+    shown = browse(page, "--dump-dom")
+    title = re.search(r"<title>(.*?)</title>", shown, flags=re.DOTALL)
+    assert title is not None
+    assert title[1].startswith("&lt;script&gt;")  # neither broken nor changed
+
+
+@pytest.mark.parametrize("width", [1280, 500])
+def test_browser_lays_the_page_out_without_overflow(page: Path, width: int) -> None:
+    policy = re.compile(r"<meta http-equiv[^>]*>")
+    measured = page.parent / f"measured{width}.html"
+    measured.write_text(policy.sub("", page.read_text()).replace("</body>", MEASURE + "</body>"))
+    title = re.search(r"<title>(.*?)</title>", browse(measured, f"--window-size={width},900", "--dump-dom"), re.DOTALL)
+    assert title is not None
+    found = msgspec.json.decode(html.unescape(title[1]))
+    assert found == {"width": width, "wide": 0, "charts": found["charts"]}
+    assert found["charts"] >= 4
+
+
+def test_browser_paints_the_plan_in_colour(page: Path) -> None:
+    picture = page.parent / "page.png"
+    browse(page, "--window-size=520,800", f"--screenshot={picture}")
+    pixels = png_pixels(picture)
+    counts = Counter(tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[2])[:, :3].tolist())
+    assert counts[0x4E, 0x79, 0xA7] > 1000  # the first strategy of the map
+    assert len(counts) > 20
+
+
+def png_pixels(path: Path) -> np.ndarray:
+    """Decode an 8-bit RGB or RGBA picture (PNG specification, section 9: filters 0 to 4)."""
+    data, at, body, width, height, channels = path.read_bytes(), 8, b"", 0, 0, 0
+    while at < len(data):
+        size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        if name == b"IHDR":
+            width, height = int.from_bytes(data[at + 8 : at + 12]), int.from_bytes(data[at + 12 : at + 16])
+            channels = {2: 3, 6: 4}[data[at + 17]]
+        body += data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
+        at += size + 12
+    raw = np.frombuffer(zlib.decompress(body), np.uint8).reshape(height, 1 + width * channels)
+    rows = np.zeros((height + 1, width * channels + channels), np.int64)
+    for y in range(height):
+        kind, line, above = int(raw[y, 0]), raw[y, 1:].astype(np.int64), rows[y]
+        row = rows[y + 1]
+        if kind in (0, 2):
+            row[channels:] = (line + (above[channels:] if kind else 0)) % 256
+            continue
+        for x in range(0, width * channels, channels):
+            left, up, corner = row[x : x + channels], above[x + channels : x + 2 * channels], above[x : x + channels]
+            guess = left + up - corner
+            near = [abs(guess - v) for v in (left, up, corner)]
+            paeth = np.where(
+                (near[0] <= near[1]) & (near[0] <= near[2]), left, np.where(near[1] <= near[2], up, corner)
+            )
+            add = {1: left, 3: (left + up) // 2, 4: paeth}[kind]
+            row[x + channels : x + 2 * channels] = (line[x : x + channels] + add) % 256
+    return rows[1:, channels:].reshape(height, width, channels)
