@@ -19,11 +19,17 @@ from ..hardware import load_hardware
 from ..models import load_model_profile
 from ..profile import Array, HardwareProfile, LayerKind, ModelProfile
 from ..units import GB, ITEM_BYTES, format_count, format_gib
+from ._flags import DEFAULT_MODEL
+from ._galvatron import import_galvatron
 from ._options import Options
 from ._space import default_batches
 from ._text import Line, Piece, clean, labelled
 
 DEFAULT_GPU = "h100"
+PEER_NOTE = (
+    "Hetu-Galvatron's measurements: forward times, collectives, messages, overlap; its assumptions: backward = 2 x"
+    " forward, gather = half an all-reduce; ours: bytes, structure, tensor division, optimizer, schedule, peak rates"
+)
 MAX_LAYERS = 10_000
 MAX_ELEMENTS = 2.0**62
 """Of one array, per sample; beyond this sums of bytes are no longer exact."""
@@ -51,8 +57,11 @@ def load_inputs(options: Options, cluster: Cluster) -> Inputs:
         DocumentError: a file is not a valid profile, or contradicts itself.
         GalvatronError: the hardware cannot compute in the model's dtype.
     """
-    hardware, hardware_source, note = _hardware(options)
-    model, where = _model(options)
+    if options.peer is None:
+        hardware, hardware_source, note = _hardware(options)
+        model, where = _model(options, options.model or DEFAULT_MODEL)
+    else:
+        hardware, hardware_source, note, model, where = _imported(options, options.peer, cluster)
     if options.attention is not None:
         hardware = msgspec.structs.replace(hardware, fused_attention=options.attention == "fused")
     missing = sorted({dot.dtype for kind in model.kinds for dot in kind.dots} - set(hardware.matmul_flops_per_s))
@@ -170,13 +179,30 @@ def visible_gpu() -> str | None:
     return names[0] if names else None
 
 
-def _model(options: Options) -> tuple[ModelProfile, str]:
+def _imported(options: Options, folder: Path, cluster: Cluster) -> tuple[HardwareProfile, str, str, ModelProfile, str]:
+    """Another tool's measurements, and the preset that it measured."""
+    found = import_galvatron(folder, cluster)
+    asked = options.model or found.model
+    if options.profile is None and asked != found.model:
+        raise GalvatronError(
+            f"got --model {asked} with measurements of {found.model}", expected=f"--model {found.model}, or none",
+            where=f"--profile-from galvatron {folder}", action="leave --model out",
+        )  # fmt: skip
+    model, where = _model(options, asked)
+    if options.seq in (None, found.seq) and options.dtype in (None, found.dtype):
+        model, note = found.apply(model), PEER_NOTE
+    else:
+        note = f"compute was measured at seq {found.seq} in {found.dtype}: elsewhere it is estimated"
+    return found.hardware, str(folder), note, model, where
+
+
+def _model(options: Options, name: str) -> tuple[ModelProfile, str]:
     if options.profile is not None:
         model, source = load(options.profile, ModelProfile), str(options.profile)
     else:
-        if options.model.endswith(".json") or len(Path(options.model).parts) > 1:
-            raise GalvatronError(f"got {options.model!r}", expected="a preset", where="--model", action="use --profile")
-        model, source = load_model_profile(options.model), "stored profile of a preset"
+        if name.endswith(".json") or len(Path(name).parts) > 1:
+            raise GalvatronError(f"got {name!r}", expected="a preset", where="--model", action="use --profile")
+        model, source = load_model_profile(name), "stored profile of a preset"
     check_model(model, source)
     model = model if options.seq is None else model.at_seq(options.seq)
     return (model if options.dtype is None else model.at_dtype(options.dtype)), clean(source)

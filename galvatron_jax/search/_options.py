@@ -14,7 +14,7 @@ from ..cluster import Cluster, parse_cluster
 from ..errors import GalvatronError
 from ..schedule import ScheduleName
 from ..units import parse_bytes
-from ._flags import DEFAULT_MODEL, DEFAULT_OUT, EXAMPLES, FLAGS, PROGRAM, SPECIAL
+from ._flags import DEFAULT_OUT, EXAMPLES, FLAGS, PROGRAM, SPECIAL
 from ._rules import Rule, forbid, pin
 from ._spaces import SPACES, named_space
 
@@ -34,7 +34,8 @@ class Options:
     peer: Path | None
     """Folder with another tool's measurements."""
     memory_bytes: int | None
-    model: str
+    model: str | None
+    """Preset; None: the default, or what another tool measured."""
     profile: Path | None
     seq: int | None
     dtype: str | None
@@ -86,7 +87,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         hardware=found.hardware,
         peer=_peer(found.profile_from),
         memory_bytes=None if found.memory is None else parse_bytes(found.memory),
-        model=found.model or DEFAULT_MODEL,
+        model=found.model,
         profile=found.profile,
         seq=_optional(found.seq, "--seq", MAX_SEQ),
         dtype=_dtype(found.dtype),
