@@ -15,14 +15,20 @@ if TYPE_CHECKING:
     from ._find import SearchResult as SearchResult
     from ._find import find_plan as find_plan
     from ._report import describe_plan as describe_plan
+    from ._rules import Rule as Rule
+    from ._rules import forbid as forbid
+    from ._rules import pin as pin
     from ._space import default_batches as default_batches
 
 _LAZY = {
     "Baseline": "._baselines",
+    "Rule": "._rules",
     "SearchResult": "._find",
     "default_batches": "._space",
     "describe_plan": "._report",
     "find_plan": "._find",
+    "forbid": "._rules",
+    "pin": "._rules",
 }
 
 

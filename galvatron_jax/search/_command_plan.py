@@ -14,7 +14,7 @@ from ..plan import load_plan
 from ._baselines import price_baselines
 from ._engine import Engine
 from ._flags import PROGRAM
-from ._options import Parser
+from ._options import Parser, peer_folder
 from ._plan_inputs import load_subject
 from ._problem import problem_of
 from ._report import plan_lines, prediction_lines
@@ -68,6 +68,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("plan", metavar="PLAN", type=Path, help="plan file")
         parser.add_argument("--profile", metavar="FILE", type=Path, help="model profile, when it is no preset")
         parser.add_argument("--hardware", metavar="FILE", type=Path, help="hardware profile, when it is not bundled")
+        parser.add_argument("--profile-from", nargs=2, metavar=("TOOL", "DIR"), help="another tool's measurements")
     if command == "explain":
         parser.add_argument("layer", nargs="*", metavar="layer N", help="one layer, as the plan table numbers them")
         parser.add_argument("--all", action="store_true", help="show every alternative of a layer")
@@ -81,8 +82,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _subject(found: argparse.Namespace) -> tuple[Subject, str]:
+    return load_subject(
+        found.plan, profile=found.profile, hardware=found.hardware, peer=peer_folder(found.profile_from)
+    )
+
+
 def _explain(found: argparse.Namespace) -> None:
-    subject, note = load_subject(found.plan, profile=found.profile, hardware=found.hardware)
+    subject, note = _subject(found)
     layer = _layer(found.layer, subject)
     value: dict[str, Any]
     lines: list[Line] = [(Piece(note, "yellow"),)] if note else []
@@ -129,7 +136,7 @@ def _diff(found: argparse.Namespace) -> None:
 
 def _report(found: argparse.Namespace) -> None:
     check_page_target(found.out, "--out")
-    subject, note = load_subject(found.plan, profile=found.profile, hardware=found.hardware)
+    subject, note = _subject(found)
     if subject.plan.predicted is None:
         raise DocumentError("carries no prediction", expected="a plan that the search wrote", where=str(found.plan))
     split, batches = problem_of(subject), [subject.plan.global_batch]

@@ -85,7 +85,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         clusters=clusters,
         gpu=found.gpu,
         hardware=found.hardware,
-        peer=_peer(found.profile_from),
+        peer=peer_folder(found.profile_from),
         memory_bytes=None if found.memory is None else parse_bytes(found.memory),
         model=found.model,
         profile=found.profile,
@@ -181,7 +181,12 @@ def _clusters(text: str) -> tuple[Cluster, ...]:
     return clusters
 
 
-def _peer(words: list[str] | None) -> Path | None:
+def peer_folder(words: list[str] | None) -> Path | None:
+    """Return the folder of ``--profile-from TOOL DIR``; None without it.
+
+    Raises:
+        GalvatronError: the tool is unknown.
+    """
     if words is None:
         return None
     _choice(words[0], ("galvatron",), "--profile-from")

@@ -12,27 +12,36 @@ from ..hardware import load_hardware
 from ..models import load_model_profile
 from ..plan import Plan, check_plan, load_plan
 from ..profile import HardwareProfile, ModelProfile
+from ._galvatron import import_galvatron
 from ._inputs import check_model
 from .explain import Subject
 
 STALE = "the figures below are priced with the profile given now, those in the plan file were not"
 
 
-def load_subject(path: Path, *, profile: Path | None, hardware: Path | None) -> tuple[Subject, str]:
+def load_subject(
+    path: Path, *, profile: Path | None = None, hardware: Path | None = None, peer: Path | None = None
+) -> tuple[Subject, str]:
     """Return the plan in a file with its model and hardware, and a note when these are not those that priced it.
 
     Args:
         path: The plan file.
         profile: The model's profile; None for a preset.
         hardware: The hardware profile; None for bundled data.
+        peer: Folder with Hetu-Galvatron's measurements, in place of both.
 
     Raises:
         GalvatronError: a file cannot be read, or the model is not the plan's.
     """
     plan = load_plan(path)
     model = _model(plan, path, profile)
+    if peer is not None:
+        found = import_galvatron(peer, plan.cluster)
+        model = found.apply(model) if (found.seq, found.dtype) == (model.seq, model.dtype) else model
+        devices, note = found.hardware, ""
+    else:
+        devices, note = _hardware(plan, path, hardware)
     check_plan(plan, model, where=str(path))
-    devices, note = _hardware(plan, path, hardware)
     return Subject(plan, model, devices), note
 
 

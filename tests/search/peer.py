@@ -55,12 +55,12 @@ def references() -> list[Reference]:
 
 
 def like_for_like() -> list[Rule]:
-    """Return the rules that leave about the peer's space: ZeRO 2 or 3, tp with sp up to 8 or Ulysses, remat none or full.
+    """Return the rules that leave about the peer's space: sharded data parallelism, tp with sp or Ulysses up to 8.
 
-    Its ZeRO-2 of one rank is our ZeRO-0, and it has no plain data parallelism beside.
+    With several microbatches its ZeRO-2 keeps whole gradients and reduces them once, which is our ZeRO-1.
     """
     return [
-        forbid("dp>1, zero<2"),
+        forbid("dp>1, zero=0"),
         forbid("tp>1, sp=no"),
         forbid("hsdp"),
         forbid("remat=dots"),
@@ -84,10 +84,15 @@ def peer_plan(row: Reference, model: ModelProfile, hardware: HardwareProfile) ->
     devices = cluster.devices // stages
     microbatches = int(match[2] or row.microbatches or 0)
     degree, ulysses = int(match[3]), bool(match[4])
-    ends = _strategy(devices, degree, ulysses=ulysses, zero3=bool(match[5]), remat=False)
+    default = 2 if microbatches == 1 else 1
+    ends = _strategy(devices, degree, ulysses=ulysses, zero=3 if match[5] else default, remat=False)
     block = max(model.layers, key=lambda run: run.count).kind
     layers = [
-        PlanRun(kind=block, count=1, strategy=_strategy(devices, int(tp), zero3="z3" in words, remat="ckpt" in words))
+        PlanRun(
+            kind=block,
+            count=1,
+            strategy=_strategy(devices, int(tp), zero=3 if "z3" in words else default, remat="ckpt" in words),
+        )
         for count, tp, words in re.findall(r"(\d+)x\(tp(\d+)([a-z0-9 ]*)\)", match[6])
         for _ in range(int(count))
     ]
@@ -106,7 +111,7 @@ def peer_plan(row: Reference, model: ModelProfile, hardware: HardwareProfile) ->
     return msgspec.structs.replace(plan, predicted=estimate_plan(plan, model, hardware))
 
 
-def _strategy(devices: int, degree: int, *, zero3: bool, remat: bool, ulysses: bool = False) -> Strategy:
+def _strategy(devices: int, degree: int, *, zero: int, remat: bool, ulysses: bool = False) -> Strategy:
     dp = devices // degree
     ranks = dp * (degree if ulysses else 1)
     return Strategy(
@@ -114,6 +119,6 @@ def _strategy(devices: int, degree: int, *, zero3: bool, remat: bool, ulysses: b
         sp=degree > 1 and not ulysses,
         ulysses=degree if ulysses else 1,
         dp=dp,
-        zero=(3 if zero3 else 2) if ranks > 1 else 0,
+        zero=zero if ranks > 1 else 0,
         remat="full" if remat else "none",
     )

@@ -1,4 +1,4 @@
-"""The peer's profile files: what they say arrives in our profiles, and on them our plans are never worse than its own."""
+"""The peer's profile files: what they say arrives in our profiles, and on them its own plans are never better."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from galvatron_jax.cluster import parse_cluster
-from galvatron_jax.cost import Setting, collective_seconds, device_group, estimate_layer
+from galvatron_jax.cost import collective_seconds, device_group
 from galvatron_jax.errors import DocumentError, DocumentNotFoundError
 from galvatron_jax.models import load_model_profile
-from galvatron_jax.plan import Strategy, Training
 from galvatron_jax.search import find_plan
 from galvatron_jax.search._cli import main
 from galvatron_jax.search._galvatron import import_galvatron
@@ -22,25 +22,29 @@ from tests.search.peer import FOLDER, Reference, like_for_like, peer_plan, peer_
 
 FASTER = 100
 """Times less CPU time than the peer's search, in about its space."""
+GRACE_S = 1.0
+"""The last effort of a search that is stopped, and baselines."""
 ROWS = references()
 
 
 @pytest.mark.parametrize(("samples", "per_sample_ms"), [(1, 4.396), (8, 3.937), (12, 3.918)])
 def test_compute_of_a_layer_is_what_was_measured(samples: int, per_sample_ms: float) -> None:
     found = import_galvatron(FOLDER, parse_cluster("1x8"))
-    model = found.apply(load_model_profile("llama2-7b"))
-    setting = Setting(
-        hardware=found.hardware,
-        cluster=parse_cluster("1x1"),
-        stage_devices=1,
-        microbatch=samples,
-        microbatches=2,
-        training=Training(),
-        causal_attention=model.causal_attention,
-    )
-    cost = estimate_layer(model.kind("layers.*"), Strategy(), setting)
-    assert cost.forward_s == pytest.approx(samples * per_sample_ms * 1e-3, rel=0.02)
-    assert cost.backward_s == pytest.approx(2 * cost.forward_s, rel=0.02)
+    measured = found.apply(load_model_profile("llama2-7b")).kind("layers.*").measured
+    assert measured is not None
+    assert measured.provenance.device == found.hardware.device
+    seconds = {what: dict(zip(t.samples, t.times_s, strict=True)) for t in measured.passes for what in [t.what]}
+    assert seconds["forward"][samples] == pytest.approx(samples * per_sample_ms * 1e-3, rel=1e-3)
+    assert seconds["backward"][samples] == 2 * seconds["forward"][samples]
+    assert seconds["recompute"] == seconds["forward"]
+
+
+def test_fits_over_the_batch_are_those_of_the_peer() -> None:
+    """Its README: 3.859 ms per sample and 0.833 ms for a layer, 2.680 and 2.355 for embedding and head."""
+    forward_s = import_galvatron(FOLDER, parse_cluster("1x8")).forward_s
+    for part, slope, offset in (("layer", 3.859, 0.833), ("other", 2.680, 2.355)):
+        samples, times = np.array(list(forward_s[part])), np.array(list(forward_s[part].values()))
+        assert np.polyfit(samples, times * 1e3, 1) == pytest.approx([slope, offset], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +81,15 @@ def test_more_nodes_than_measured_use_groups_with_as_many_members_per_node() -> 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.setting for row in ROWS])
 def test_plan_is_never_worse_than_the_peers_and_found_a_hundred_times_sooner(row: Reference) -> None:
-    """Both plans are priced by our cost model on the peer's tables, and both may use what the peer's plan needs."""
+    """Both plans are priced by our cost model on the peer's tables, and both may use what the peer's plan needs.
+
+    The search is stopped after a hundredth of the peer's CPU time, proof or not.
+    """
     model, hardware = peer_problem(row)
     reference = peer_plan(row, model, hardware)
     assert reference.predicted is not None
     needed = max(stage.peak_bytes for stage in reference.predicted.stages)
-    start = time.process_time()
+    limit_s = time.process_time() + row.search_cpu_s / FASTER
     found = find_plan(
         model,
         row.cluster,
@@ -93,11 +100,11 @@ def test_plan_is_never_worse_than_the_peers_and_found_a_hundred_times_sooner(row
         schedules=("1f1b",),
         memory_bytes=max(row.usable_bytes, needed),
         rules=like_for_like(),
+        watch=lambda best: best is not None and time.process_time() > limit_s,
     ).plan
-    taken_s = time.process_time() - start
     assert found.predicted is not None
     assert found.predicted.step_time_s <= reference.predicted.step_time_s * (1 + 1e-9)
-    assert taken_s < row.search_cpu_s / FASTER * 2  # a busy machine takes up to twice the CPU time
+    assert time.process_time() < limit_s + GRACE_S
 
 
 def copied(tmp_path: Path) -> Path:
