@@ -18,6 +18,7 @@ from ._local import LocalLayer as LocalLayer
 from ._local import local_layer as local_layer
 from ._marks import Loss as Loss
 from ._marks import split_parameters as split_parameters
+from ._primitives import ELEMENTWISE as ELEMENTWISE
 from ._primitives import is_batched as is_batched
 from ._primitives import is_kept as is_kept
 from ._primitives import is_kernel_name as is_kernel_name

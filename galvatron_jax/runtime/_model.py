@@ -38,6 +38,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..analysis import Analysis, Variable, run_equation
 from ..plan import Plan, Strategy
+from ._copies import copies_of, copyable, with_copies
 from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
 from ._order import after_gradients, has_gradient, place_gradients
@@ -69,6 +70,10 @@ class StageModel:
     mesh: StageMesh
     layouts: tuple[LayerLayout, ...]
     """One per segment of the share, in order; equal (kind, strategy) share one object."""
+    gradient_role: Role = "gradient"
+    """Where gradients are put as they are made: a step that updates at once puts them where the optimizer is."""
+    is_copied: bool = False
+    """Parameters come as ``spread`` makes them, with a copy per data-parallel rank where that spares reductions."""
 
     # ------------------------------------------------------------------------------------------------------- running
     def run(
@@ -112,7 +117,7 @@ class StageModel:
         (segment,), layout = run.segments, run.layout
         inputs = [arrive(environment[v], before.get(v), layout, i) for i, v in enumerate(segment.inputs)]
         with jax.named_scope(segment.name):  # so that compiled programs say which layer an operation is of
-            results = self._functions[id(layout), False](inputs)
+            results = self._function(run)(inputs)
         for variable, result, value in zip(segment.outputs, results, layout.kind.layer.outputs, strict=True):
             environment[variable] = _placed(result, layout.value(value))
             before[variable] = layout
@@ -136,7 +141,8 @@ class StageModel:
         rows = {i: stacked[leaf_of[head.inputs[i]]] for i in weights}
         rows |= {i: jnp.stack([environment[segment.inputs[i]] for segment in run.segments]) for i in each}
         escaping = run.escaping(self._read_outside(run))
-        places = [layout.stored(layout.kind.layer.parameters.index(i), "gradient") for i in weights]
+        places = [self._row_place(run, layout.kind.layer.parameters.index(i)) for i in weights]
+        function = self._function(run)
 
         def layer(carry: list[Any], row: dict[int, Any]) -> tuple[list[Any], list[Any]]:
             placed = place_gradients([row[i] for i in weights], places)
@@ -147,7 +153,7 @@ class StageModel:
                 **dict(zip(weights, placed, strict=True)),
                 **dict(zip(carried, carry, strict=True)),
             }
-            results = self._functions[id(layout), True]([known[i] for i in range(len(head.inputs))])
+            results = function([known[i] for i in range(len(head.inputs))])
             results = [_placed(r, layout.value(v)) for r, v in zip(results, layout.kind.layer.outputs, strict=True)]
             return [results[run.feeds[i].output] for i in carried], [results[o] for o in escaping]
 
@@ -190,6 +196,49 @@ class StageModel:
         """Return where each stored array (or its gradient, or its optimizer state) lives."""
         return [slot.sharding(role) for slot in self.slots]
 
+    # -------------------------------------------------------------------------------------------------------- copies
+    @functools.cached_property
+    def copied(self) -> StageModel:
+        """The same stage with a copy of its parameters per data-parallel rank: gradients are summed up unreduced."""
+        return dataclasses.replace(self, is_copied=True)
+
+    def spread(self, parameters: Sequence[Any]) -> list[Any]:
+        """Return the parameters that ``copied.run`` takes: no bytes move, and no device holds more than before."""
+        spread = []
+        for slot, array, place in zip(self.slots, parameters, self.sum_shardings, strict=True):
+            copies, axis = self._copies[slot.leaves[0]], int(slot.is_stacked)
+            if copies > 1:
+                array = jnp.broadcast_to(
+                    jnp.expand_dims(array, axis), (*array.shape[:axis], copies, *array.shape[axis:])
+                )
+                array = jax.lax.with_sharding_constraint(array, place)
+            spread.append(array)
+        return spread
+
+    def reduce(self, sums: Sequence[Any]) -> list[Any]:
+        """Return gradients of the stored arrays from gradients of ``spread`` ones: the reduction over the ranks.
+
+        They are put where the optimizer is, so that zero 1 scatters what it reduces.
+        """
+        reduced = [
+            jnp.sum(array, axis=int(slot.is_stacked)) if self._copies[slot.leaves[0]] > 1 else array
+            for slot, array in zip(self.slots, sums, strict=True)
+        ]
+        placed: list[Any] = jax.lax.with_sharding_constraint(reduced, self.parameter_shardings("optimizer"))
+        return placed
+
+    @functools.cached_property
+    def sum_shardings(self) -> list[NamedSharding]:
+        """Where the arrays of ``spread``, and sums of their gradients, live."""
+        return [self._sum_sharding(slot) for slot in self.slots]
+
+    def _sum_sharding(self, slot: Slot) -> NamedSharding:
+        if slot.layout is None or self._copies[slot.leaves[0]] == 1:
+            return slot.sharding(self.gradient_role)
+        place = with_copies(slot.layout, slot.leaf_sharding("gradient"))
+        return self.mesh.sharding(PartitionSpec(None, *place.spec)) if slot.is_stacked else place
+
+    # -------------------------------------------------------------------------------------------------------- places
     @property
     def state_shardings(self) -> list[NamedSharding]:
         """Model state is small and stands whole on every device."""
@@ -247,13 +296,44 @@ class StageModel:
     @functools.cached_property
     def _gradient_places(self) -> dict[Variable, NamedSharding]:
         variables = program_leaves(self.share.analysis).parameters
-        return {variables[s.leaves[0]]: s.sharding("gradient") for s in self.slots if not s.is_stacked}
+        places = self.sum_shardings if self.is_copied else self.parameter_shardings(self.gradient_role)
+        return {variables[slot.leaves[0]]: place for slot, place in zip(self.slots, places, strict=True)}
+
+    def _row_place(self, run: Run, position: int) -> NamedSharding:
+        """Where the gradient of one layer's parameter is put inside a loop."""
+        if position in self._copied_positions(run):
+            return with_copies(run.layout, run.layout.stored(position, "gradient"))
+        return run.layout.stored(position, self.gradient_role)
+
+    def _copied_positions(self, run: Run) -> frozenset[int]:
+        """Parameters (by position) of a run's layers that come as copies."""
+        if not self.is_copied:
+            return frozenset()
+        leaf_of = {v: i for i, v in enumerate(program_leaves(self.share.analysis).parameters)}
+        leaves = [leaf_of[run.segments[0].inputs[index]] for index in run.layout.kind.layer.parameters]
+        return frozenset(position for position, leaf in enumerate(leaves) if self._copies[leaf] > 1)
 
     @functools.cached_property
-    def _functions(self) -> dict[tuple[int, bool], SegmentFunction]:
-        return {
-            (id(run.layout), run.is_scanned): build_segment(run.layout, in_loop=run.is_scanned) for run in self.runs
-        }
+    def _copies(self) -> dict[int, int]:
+        """Copies of each parameter leaf: as many as all the layers that read it agree on, else one."""
+        leaf_of = {v: i for i, v in enumerate(program_leaves(self.share.analysis).parameters)}
+        wanted: dict[int, set[int]] = {leaf: set() for leaf in self.share.parameters}
+        allowed = {id(layout.kind): copyable(layout.kind) for layout in self.layouts}
+        for segment, layout in zip(self.share.segments, self.layouts, strict=True):
+            for position, index in enumerate(layout.kind.layer.parameters):
+                copies = copies_of(layout, position, allowed[id(layout.kind)])
+                wanted[leaf_of[segment.inputs[index]]].add(copies)
+        return {leaf: counts.pop() if len(counts) == 1 else 1 for leaf, counts in wanted.items()}
+
+    def _function(self, run: Run) -> SegmentFunction:
+        key = (id(run.layout), run.is_scanned, self._copied_positions(run))
+        if key not in self._functions:
+            self._functions[key] = build_segment(run.layout, in_loop=run.is_scanned, copied=key[2])
+        return self._functions[key]
+
+    @functools.cached_property
+    def _functions(self) -> dict[tuple[int, bool, frozenset[int]], SegmentFunction]:
+        return {}
 
 
 def plan_stages(analysis: Analysis, plan: Plan, meshes: Sequence[StageMesh]) -> tuple[StageModel, ...]:
@@ -275,9 +355,9 @@ def plan_stages(analysis: Analysis, plan: Plan, meshes: Sequence[StageMesh]) -> 
 
 
 def plan_model(analysis: Analysis, plan: Plan, mesh: StageMesh) -> StageModel:
-    """Return the only stage of a one-stage plan."""
+    """Return the only stage of a one-stage plan, whose step updates as soon as it has its gradients."""
     (stage,) = plan_stages(analysis, plan, [mesh])
-    return stage
+    return dataclasses.replace(stage, gradient_role="optimizer")
 
 
 def _layouts(

@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 
 from ..analysis import Value, is_batched, is_kept, is_kernel_name, run_equation
 from ..strategy import Remat
+from ._copies import PerRank, with_copies
 from ._layout import LayerLayout
 
 WEIGHTS = "galvatron_weights"
@@ -33,7 +34,9 @@ SegmentFunction = Callable[[Sequence[Any]], list[Any]]
 """From the segment's inputs to its outputs."""
 
 
-def build_segment(layout: LayerLayout, *, in_loop: bool = False) -> SegmentFunction:
+def build_segment(
+    layout: LayerLayout, *, in_loop: bool = False, copied: frozenset[int] = frozenset()
+) -> SegmentFunction:
     """Return the segment of ``layout.kind`` as a function under the layout's strategy.
 
     It takes its inputs where they are: the caller puts all but the parameters into the layer's layout.
@@ -42,10 +45,11 @@ def build_segment(layout: LayerLayout, *, in_loop: bool = False) -> SegmentFunct
         layout: The segment's kind and strategy.
         in_loop: It is the body of a loop, so forward and backward pass are loops of their own, and nothing needs to
             keep the compiler from merging what is computed in both.
+        copied: Parameters (by position) that come as one copy per data-parallel rank (see ``_copies``).
     """
 
     def run(inputs: Sequence[Any]) -> list[Any]:
-        return _run_equations(layout, _place_weights(layout, inputs))
+        return _run_equations(layout, _place_weights(layout, inputs, copied), copied)
 
     return jax.checkpoint(run, policy=_policy(layout.strategy.remat), prevent_cse=not in_loop)
 
@@ -62,22 +66,26 @@ def _policy(remat: Remat) -> Callable[..., bool]:
     return keep
 
 
-def _place_weights(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
+def _place_weights(layout: LayerLayout, inputs: Sequence[Any], copied: frozenset[int]) -> list[Any]:
     layer, placed = layout.kind.layer, list(inputs)
     for position, index in enumerate(layer.parameters):
         weight, dtype = placed[index], layout.kind.profile.parameters[position].compute_dtype
+        stored, used = layout.stored(position, "parameter"), layout.value(layer.inputs[index])
+        if position in copied:
+            stored, used = with_copies(layout, stored), with_copies(layout, used)
         if str(weight.dtype) != dtype:
             # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes.
-            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), layout.stored(position, "parameter"))
-        weight = jax.lax.with_sharding_constraint(weight, layout.value(layer.inputs[index]))
+            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
+        weight = jax.lax.with_sharding_constraint(weight, used)
         placed[index] = checkpoint_name(weight, WEIGHTS)
     return placed
 
 
-def _run_equations(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
+def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copied: frozenset[int]) -> list[Any]:
     layer = layout.kind.layer
     program, values = layer.forward, layer.forward_values
-    border = _Border(layout)
+    border, per_rank = _Border(layout), PerRank(layout)
+    copies = {program.inputs[layer.parameters[position]] for position in copied}
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
 
     def read(atom: Any, inside: bool = False) -> Any:
@@ -86,7 +94,15 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any]) -> list[Any]:
     for position, equation in enumerate(program.equations):
         inside = border.is_inside(position)
         arguments = [read(v, inside) for v in equation.inputs]
-        results = run_equation(equation.eqn, arguments)
+        are_copies = [not isinstance(v, Literal) and v in copies for v in equation.inputs]
+        if any(are_copies):
+            results = per_rank.run(equation, arguments, are_copies)
+            if not per_rank.mixes(equation, are_copies):
+                environment.update(zip(equation.outputs, results, strict=True))
+                copies.update(equation.outputs)
+                continue
+        else:
+            results = run_equation(equation.eqn, arguments)
         for variable, result in zip(equation.outputs, results, strict=True):
             environment[variable] = _constrain(layout, equation.name, result, values[variable], inside=inside)
     return [read(v) for v in program.outputs]

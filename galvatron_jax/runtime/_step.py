@@ -1,8 +1,9 @@
 """The compiled programs of a one-stage plan: initialise, train step, evaluate.
 
-One train step is one ``jax.jit``: a scan over microbatches of ``value_and_grad``, gradients accumulated in their zero-2
-layout, then the optimizer update in the zero-1 layout, parameters back in the zero-3 layout. A step that is not finite
-leaves the update out (``_guard``). The state is donated.
+One train step is one ``jax.jit``: a scan over microbatches of ``value_and_grad``, gradients summed up unreduced under
+zero 0 and 1 (``_copies``), sharded from zero 2; reduced to the zero-1 layout; the optimizer update in the zero-1
+layout, parameters back in the zero-3 layout. A step that is not finite leaves the update out (``_guard``). The state is
+donated.
 
 A ``TrainState`` here is the *stored* state: parameters are the arrays of the stage's slots (runs of layers stacked).
 ``to_user`` and ``to_stored`` go between it and the *neutral* state, whose trees are the user's own.
@@ -152,17 +153,16 @@ class StagePrograms:
 
     @functools.cached_property
     def gradients(self) -> Callable[[TrainState, list[Any]], tuple[jax.Array, list[Any]]]:
-        """The compiled (mean loss, gradient of each slot) of a batch: the train step without the update."""
+        """The compiled (mean loss, gradient of each slot) of a batch, in the zero-1 layout: a step without its update."""
         return jax.jit(
             lambda state, batch: self._loss_and_gradients(state, batch)[:2],
             in_shardings=(self.state_shardings, self._batch_shardings),
-            out_shardings=(self.model.mesh.replicated, self.model.parameter_shardings("gradient")),
+            out_shardings=(self.model.mesh.replicated, self.model.parameter_shardings("optimizer")),
         )
 
     # ------------------------------------------------------------------------------------------------ traced functions
     def _train(self, state: TrainState, batch: list[Any]) -> tuple[TrainState, StepMetrics]:
         loss, gradients, model_state = self._loss_and_gradients(state, batch)
-        gradients = self._constrain(gradients, "optimizer")
         parameters = self._constrain(state.parameters, "optimizer")
         metrics = step_metrics(loss, gradients)
         updated, optimizer = self.stored_optimizer.update(gradients, state.optimizer, parameters)
@@ -172,21 +172,25 @@ class StagePrograms:
         return TrainState(parameters, optimizer, model_state, state.step + 1), metrics
 
     def _loss_and_gradients(self, state: TrainState, batch: list[Any]) -> tuple[jax.Array, list[Any], Any]:
-        grad = jax.value_and_grad(self._loss, has_aux=True)
         if self.microbatches == 1:
+            grad = jax.value_and_grad(self._loss, has_aux=True)
             (loss, model_state), gradients = grad(state.parameters, state.model_state, batch)
-            return loss, self._constrain(gradients, "gradient"), model_state
+            return loss, self._constrain(gradients, "optimizer"), model_state
+        copied, places = self.model.copied, self.model.sum_shardings
+        grad = jax.value_and_grad(lambda *arguments: self._loss(*arguments, model=copied), has_aux=True)
+        parameters = self.model.spread(state.parameters)
 
         def accumulate(carry: tuple[Any, Any, Any], microbatch: list[Any]) -> tuple[tuple[Any, Any, Any], None]:
             total, sums, model_state = carry
-            (loss, model_state), gradients = grad(state.parameters, model_state, microbatch)
-            sums = jax.tree.map(jnp.add, sums, self._constrain(gradients, "gradient"))
-            return (total + loss, self._constrain(sums, "gradient"), model_state), None
+            (loss, model_state), gradients = grad(parameters, model_state, microbatch)
+            gradients = jax.lax.with_sharding_constraint(gradients, places)
+            sums = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, gradients), places)
+            return (total + loss, sums, model_state), None
 
-        zeros = self._constrain(jax.tree.map(jnp.zeros_like, state.parameters), "gradient")
+        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, parameters), places)
         start = (jnp.zeros((), jnp.float32), zeros, state.model_state)
         (total, sums, model_state), _ = jax.lax.scan(accumulate, start, batch)
-        mean = jax.tree.map(lambda g: g / self.microbatches, sums)
+        mean = [total / self.microbatches for total in self.model.reduce(sums)]
         return total / self.microbatches, mean, model_state
 
     def _mean_loss(self, state: TrainState, batch: list[Any]) -> jax.Array:
@@ -195,10 +199,14 @@ class StagePrograms:
         losses = jax.lax.map(lambda mb: self._loss(state.parameters, state.model_state, mb)[0], batch)
         return jnp.mean(losses)
 
-    def _loss(self, parameters: list[Any], model_state: Any, batch: list[Any]) -> tuple[jax.Array, Any]:
+    def _loss(
+        self, parameters: list[Any], model_state: Any, batch: list[Any], *, model: StageModel | None = None
+    ) -> tuple[jax.Array, Any]:
         leaves, structure = jax.tree.flatten(model_state)
         share = self.model.share
-        results = self.model.run(parameters, [leaves[i] for i in share.state], [batch[i] for i in share.batch])
+        results = (model or self.model).run(
+            parameters, [leaves[i] for i in share.state], [batch[i] for i in share.batch]
+        )
         return results.loss.astype(jnp.float32), jax.tree.unflatten(structure, results.state)
 
     def _fresh_state(self, parameters: list[Any], model_state: Any) -> TrainState:

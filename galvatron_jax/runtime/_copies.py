@@ -1,0 +1,171 @@
+"""Copies: every data-parallel rank reads weights of its own, so that nothing is reduced before the last microbatch.
+
+The gradient of a weight that all ranks share is a sum over them, and the partitioner takes that sum where the gradient
+is made: once for every microbatch. Here the weight becomes an array [dp, ...], sharded so that each rank holds its own
+(equal) row: no memory, no communication. Equations that mix it with samples run per rank,
+
+    x [batch, ...], w [dp, ...]   ->   x [dp, batch / dp, ...], one product for each rank   ->   [batch, ...]
+
+and the gradient is [dp, ...] too, every row where it was made. Gradients are added up in that form over the loop of
+microbatches; after it, one sum over the first dimension is the reduction (notes: Galvatron's and Megatron's "no sync"
+until the last microbatch, but for every layer's own data-parallel degree).
+
+Only equations that treat every sample alike can run per rank. A parameter that meets any other one (a product over the
+batch, an unknown primitive) is not copied: its gradient is reduced in every microbatch, which is slower and as right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..analysis import ELEMENTWISE, AnalysedKind, Equation, Value, run_equation
+from ..profile import BATCH
+from ._layout import LayerLayout
+
+_PER_SAMPLE = ELEMENTWISE | {"dot_general", "gather"}
+"""Primitives without a parameter that names the size of the batch: the same equation serves any number of samples."""
+
+
+def copyable(kind: AnalysedKind) -> frozenset[int]:
+    """Return the parameters (by position) of which every use can run per data-parallel rank."""
+    positions = frozenset(range(len(kind.layer.parameters)))
+    while refused := _refused(kind, positions):
+        positions -= refused
+    return positions
+
+
+def copies_of(layout: LayerLayout, position: int, copyable_positions: frozenset[int]) -> int:
+    """Return how many copies of a parameter spare reductions: dp under zero 0 and 1, otherwise 1.
+
+    Zero 2 and 3 keep gradients sharded, so they reduce in every microbatch.
+    """
+    strategy = layout.strategy
+    return strategy.dp if strategy.zero <= 1 and position in copyable_positions else 1
+
+
+def with_copies(layout: LayerLayout, place: NamedSharding) -> NamedSharding:
+    """Return the place of an array [dp, ...] whose rows live where ``place`` says."""
+    axes = layout.stage.data_axes(layout.strategy)
+    return layout.stage.sharding(PartitionSpec(axes, *place.spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class PerRank:
+    """Runs equations of one layer of which some operands are copies."""
+
+    layout: LayerLayout
+
+    def mixes(self, equation: Equation, copied: Sequence[bool]) -> bool:
+        """Tell whether the equation mixes copies with samples: its results are no copies."""
+        return _mixes(self.layout.kind, equation, copied)
+
+    def run(self, equation: Equation, arguments: Sequence[Any], copied: Sequence[bool]) -> list[Any]:
+        """Return the results: copies again when only weights are read, else arrays of the whole batch."""
+        values = self.layout.kind.layer.forward_values
+        if not self.mixes(equation, copied):
+            return _mapped(equation, arguments, copied)
+        read = [None if isinstance(v, Literal) else values[v] for v in equation.inputs]
+        batch = [None if value is None else _batch_dim(self.layout.kind, value) for value in read]
+        split = [
+            a if is_copy or dim is None or value is None else self._split(a, dim, value)
+            for a, is_copy, dim, value in zip(arguments, copied, batch, read, strict=True)
+        ]
+        mapped = [is_copy or dim is not None for is_copy, dim in zip(copied, batch, strict=True)]
+        results = _mapped(equation, split, mapped)
+        return [
+            _merge(result, _batch_dim(self.layout.kind, values[v]) or 0)
+            for result, v in zip(results, equation.outputs, strict=True)
+        ]
+
+    def _split(self, array: Any, dim: int, value: Value) -> Any:
+        """[..., batch, ...] as [dp, ..., batch / dp, ...], each rank's samples where they are."""
+        ranks, axes = self.layout.strategy.dp, self.layout.stage.data_axes(self.layout.strategy)
+        shape = (*array.shape[:dim], ranks, array.shape[dim] // ranks, *array.shape[dim + 1 :])
+        entries = list(self.layout.value(value).spec)
+        entries += [None] * (array.ndim - len(entries))
+        kept = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],)
+        entries[dim] = tuple(name for name in kept if name is not None and name not in axes) or None
+        split = jnp.moveaxis(array.reshape(shape), dim, 0)
+        return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(PartitionSpec(axes, *entries)))
+
+
+def _merge(array: Any, dim: int) -> Any:
+    """Undo ``_split``."""
+    moved = jnp.moveaxis(array, 0, dim)
+    return moved.reshape(*moved.shape[:dim], moved.shape[dim] * moved.shape[dim + 1], *moved.shape[dim + 2 :])
+
+
+def _mapped(equation: Equation, arguments: Sequence[Any], mapped: Sequence[bool]) -> list[Any]:
+    axes = tuple(0 if one else None for one in mapped)
+    results: list[Any] = jax.vmap(lambda *each: run_equation(equation.eqn, each), in_axes=axes)(*arguments)
+    return results
+
+
+# ------------------------------------------------------------------------------------------------------ which ones may
+def _refused(kind: AnalysedKind, positions: frozenset[int]) -> frozenset[int]:
+    """Return the parameters among ``positions`` that meet in the first equation that cannot run per rank."""
+    layer = kind.layer
+    program = layer.forward
+    origins: dict[Any, frozenset[int]] = {}
+    sampled = {v for i, v in enumerate(program.inputs) if i not in layer.parameters}
+    for position, index in enumerate(layer.parameters):
+        if position in positions:
+            origins[program.inputs[index]] = frozenset((position,))
+    for equation in program.equations:
+        read = [v for v in equation.inputs if not isinstance(v, Literal)]
+        found = frozenset[int]().union(*(origins.get(v, frozenset()) for v in read))
+        if found:
+            copied = [not isinstance(v, Literal) and v in origins for v in equation.inputs]
+            others = [v for v in read if v not in origins]
+            if not any(v in sampled for v in others) and not _makes_batch(kind, equation):
+                origins.update((v, found) for v in equation.outputs)
+                continue
+            if not _mixes(kind, equation, copied) or not _is_per_sample(kind, equation, others, sampled):
+                return found
+        if found or any(v in sampled for v in read):
+            sampled.update(equation.outputs)
+    kept = {v for v in program.outputs if not isinstance(v, Literal) and v in origins}
+    return frozenset[int]().union(*(origins[v] for v in kept))
+
+
+def _mixes(kind: AnalysedKind, equation: Equation, copied: Sequence[bool]) -> bool:
+    values = kind.layer.forward_values
+    return any(
+        not one and not isinstance(v, Literal) and _batch_dim(kind, values[v]) is not None
+        for v, one in zip(equation.inputs, copied, strict=True)
+    )
+
+
+def _makes_batch(kind: AnalysedKind, equation: Equation) -> bool:
+    return any(
+        _batch(kind) in kind.layer.dimensions.flat_classes(kind.layer.forward_values[v]) for v in equation.outputs
+    )
+
+
+def _is_per_sample(kind: AnalysedKind, equation: Equation, others: Sequence[Any], sampled: set[Any]) -> bool:
+    """Every result and every operand made of samples has the batch as the major factor of exactly one dimension."""
+    values = kind.layer.forward_values
+    whole = [v for v in others if v in sampled]
+    return equation.name in _PER_SAMPLE and all(
+        _batch_dim(kind, values[v]) is not None for v in [*whole, *equation.outputs]
+    )
+
+
+def _batch_dim(kind: AnalysedKind, value: Value) -> int | None:
+    """Return the dimension that holds the batch alone or as its major factor; None when there is none such."""
+    batch = _batch(kind)
+    dims = [d for d, dim in enumerate(kind.layer.dimensions.classes(value)) if batch in dim]
+    if len(dims) != 1 or kind.layer.dimensions.classes(value)[dims[0]][0] != batch:
+        return None
+    return dims[0]
+
+
+def _batch(kind: AnalysedKind) -> int | None:
+    return next((f for f, name in kind.names.items() if name == BATCH), None)
