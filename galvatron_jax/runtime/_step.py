@@ -153,7 +153,7 @@ class StagePrograms:
 
     @functools.cached_property
     def gradients(self) -> Callable[[TrainState, list[Any]], tuple[jax.Array, list[Any]]]:
-        """The compiled (mean loss, gradient of each slot) of a batch, in the zero-1 layout: a step without its update."""
+        """The compiled (mean loss, gradients by slot, in the zero-1 layout) of a batch: a step without its update."""
         return jax.jit(
             lambda state, batch: self._loss_and_gradients(state, batch)[:2],
             in_shardings=(self.state_shardings, self._batch_shardings),
