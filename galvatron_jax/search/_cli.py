@@ -50,10 +50,12 @@ def _run(argv: Sequence[str]) -> int:
             expected=f"flags, or one of the commands {', '.join(COMMANDS)}",
             action=f"did you mean {close[0]}?" if close else f"for example {PROGRAM} --mesh 2x8",
         )
-    from ._command_search import run_search
     from ._options import parse_options
 
-    return INTERRUPTED if run_search(parse_options(argv)) else 0
+    options = parse_options(argv)
+    from ._command_search import run_search  # numpy comes with it: --help and a slip of the keyboard need none
+
+    return INTERRUPTED if run_search(options) else 0
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

@@ -19,6 +19,7 @@ from ..cluster import Cluster
 from ..errors import DocumentError, GalvatronError
 from ..plan import Plan, save_plan
 from ._find import SearchResult, find_plan
+from ._flags import PROGRAM
 from ._inputs import Inputs, assumption_lines, load_inputs
 from ._options import Options
 from ._report import proof_line, result_lines
@@ -109,11 +110,12 @@ def _show(options: Options, inputs: Inputs, result: SearchResult, written: Path 
         lines: list[Line] = [*assumption_lines(inputs, options), ()]
         lines += result_lines(result, inputs.model, inputs.hardware)
         lines += asked_lines(asked, Subject(result.plan, inputs.model, inputs.hardware))
+        lines.append(())
         for path in (written, page):
             if path is not None:
                 lines.append(labelled("file", f"wrote {clean(str(path))}"))
         if written is not None:
-            lines.append(labelled("next", Piece(_next_step(result.plan, written), "bold")))
+            lines += _next_steps(written)
         show(lines, sys.stdout)
     sys.stdout.flush()
 
@@ -124,10 +126,13 @@ def _write_report(path: Path, inputs: Inputs, result: SearchResult) -> Path:
     return write_page(path, PageContent(subject=subject, baselines=result.baselines, frontier=frontier))
 
 
-def _next_step(plan: Plan, written: Path) -> str:
-    if len(plan.stages) > 1:
-        return "this version runs plans of one stage: search with --no-pp for one that auto_shard can train"
-    return f'in Python: galvatron_jax.auto_shard(model, plan=galvatron_jax.load_plan("{written}"))'
+def _next_steps(written: Path) -> list[Line]:
+    path = clean(str(written))
+    python = f'in Python: galvatron_jax.auto_shard(model, plan=galvatron_jax.load_plan("{path}"))'
+    return [
+        labelled("next", Piece(f"{PROGRAM} explain {path}", "bold")),
+        labelled("", Piece(python, "bold")),
+    ]
 
 
 def _check_target(path: Path, flag: str) -> None:

@@ -7,6 +7,7 @@ read as markup, because styles are attached to pieces of text and not written in
 from __future__ import annotations
 
 import os
+import shutil
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TextIO
@@ -15,6 +16,8 @@ import msgspec
 
 Style = Literal["", "bold", "dim", "green", "yellow", "red", "cyan"]
 LABEL_WIDTH = 9
+NARROWEST = 50
+"""Columns below which a terminal wraps by itself."""
 
 
 class Piece(NamedTuple):
@@ -65,9 +68,8 @@ def plain(lines: Iterable[Line]) -> str:
 
 
 def write_json(value: object, file: TextIO) -> None:
-    """Write a value of our own as JSON, keys in order."""
-    text = msgspec.json.encode(value, order="deterministic")
-    file.write(msgspec.json.format(text, indent=2).decode() + "\n")
+    """Write a value of our own as JSON."""
+    file.write(msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n")
 
 
 def show(lines: Iterable[Line], file: TextIO) -> None:
@@ -79,5 +81,42 @@ def show(lines: Iterable[Line], file: TextIO) -> None:
     from rich.text import Text
 
     console = Console(file=file, highlight=False, soft_wrap=True)
+    width = shutil.get_terminal_size().columns
     for line in lines:
-        console.print(Text.assemble(*((piece.text, piece.style) for piece in line)))
+        for part in wrapped(line, width):
+            console.print(Text.assemble(*((piece.text, piece.style) for piece in part)))
+
+
+def wrapped(line: Line, width: int) -> list[Line]:
+    """Return a line as lines of at most ``width`` columns, broken between words; they begin below the line's last cell.
+
+    The last cell is what follows the label, or the last gap of two spaces. A word longer than the room stays whole.
+    """
+    text = "".join(piece.text for piece in line)
+    if len(text) <= width or width < NARROWEST:
+        return [line]
+    labelled_ = bool(line) and line[0].style == "cyan"
+    indent = LABEL_WIDTH if labelled_ else text.rstrip().rfind("  ") + 2
+    indent = indent if 0 < indent <= width * 2 // 3 else LABEL_WIDTH
+    ends: list[int] = []
+    start, room = 0, width
+    while len(text) - start > room:
+        gap = text.rfind(" ", start + 1 if ends else indent, start + room + 1)
+        if gap < 0:
+            break
+        ends.append(gap)
+        start, room = gap + 1, width - indent
+    starts, stops = [0, *(end + 1 for end in ends)], [*ends, len(text)]
+    parts = [_part(line, a, b) for a, b in zip(starts, stops, strict=True)]
+    return [parts[0], *((Piece(" " * indent), *part) for part in parts[1:])]
+
+
+def _part(line: Line, start: int, stop: int) -> Line:
+    """The columns from ``start`` up to ``stop`` of a line."""
+    pieces, at = [], 0
+    for piece in line:
+        text = piece.text[max(start - at, 0) : max(stop - at, 0)]
+        if text:
+            pieces.append(Piece(text, piece.style))
+        at += len(piece.text)
+    return tuple(pieces)

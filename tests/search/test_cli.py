@@ -263,3 +263,99 @@ def test_attention_in_memory_needs_more_than_a_fused_kernel_and_says_so(
 def test_unknown_attention_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--mesh", "1x8", "--attention", "flash"]) == 2
     assert "--attention: got 'flash'; expected fused or xla" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- questions and plans
+ASKED = ["--explain", "--top", "3", "--frontier", "--price", "2.5"]
+
+
+def test_questions_are_answered_beside_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *ASKED, "--report", "report.html"]) == 0
+    shown = capsys.readouterr().out
+    for words in ("binds", "why", "with 10% more memory", "top  family", "tokens/unit", "wrote report.html"):
+        assert words in shown
+    assert Path("report.html").read_text().startswith("<!doctype html>")
+
+
+def test_questions_with_json_are_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, *ASKED, "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["plan", "reasons", "what_ifs", "top", "frontier", "scaling"]
+    assert found["plan"]["predicted"]["step_time_s"] == found["top"][0]["plan"]["predicted"]["step_time_s"]
+
+
+def test_several_meshes_are_compared_and_no_plan_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mesh", "1x1,1x2,2x2", *SMALL[2:], "--price", "2"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows if row and row[0] in ("1x1", "1x2", "2x2")] == ["1x1", "1x2", "2x2"]
+    assert list(Path().iterdir()) == []
+    assert main(["--mesh", "1x1,2x2", *SMALL[2:], "--json"]) == 0
+    assert [row["mesh"] for row in json.loads(capsys.readouterr().out)["scaling"]] == ["1x1", "2x2"]
+
+
+def test_plan_commands_explain_compare_and_draw(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--quiet", "--out", "a.json"]) == 0
+    assert main([*SMALL, "--quiet", "--out", "b.json", "--no-pp", "--pin", "layers 1-2: remat=full"]) == 0
+    capsys.readouterr()
+    assert main(["explain", "a.json"]) == 0
+    assert "what if" in capsys.readouterr().out
+    assert main(["explain", "b.json", "layer", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("layer 1")
+    assert "not the optimum" in shown  # in the whole space, which the pin did not leave
+    assert main(["explain", "a.json", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layer"] == 2
+    assert {"strategy", "layer", "run"} == set(found["alternatives"][0])
+    assert main(["diff", "a.json", "b.json"]) == 0
+    assert "layers 1-2 layers.*" in capsys.readouterr().out
+    assert main(["report", "a.json", "--out", "page.html"]) == 0
+    assert "<svg" in Path("page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["explain", "a.json", "layer", "99"], "N from 0 to"),
+        (["explain", "a.json", "layer", "x"], "N from 0 to"),
+        (["explain", "a.json", "--hardware", "absent.json"], "absent.json"),
+        (["explain", "a.json", "--profile", "absent.json"], "absent.json"),
+        (["report", "a.json", "--out", "a.json"], "is not a page"),
+        (["report", "a.json", "--out", "."], "is a folder"),
+        (["diff", "a.json", "damaged.json"], "damaged.json"),
+        (["diff", "a.json"], "B"),
+    ],
+)
+def test_plan_commands_refuse_bad_input_with_one_message(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL, "--quiet", "--out", "a.json"]) == 0
+    Path("damaged.json").write_text("{")
+    status, message = failure(capsys, *words)
+    assert status == 2
+    assert expected in message
+    assert len(message.splitlines()) == 1
+
+
+def test_plan_of_a_model_that_is_no_preset_needs_its_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama_like_profile(layers=3, embed=64, heads=4, head_dim=16, mlp=64, vocab=64, seq=8)
+    _document.save(model, "model.json")
+    _document.save(toy_hardware(), "hardware.json")
+    given = ["--profile", "model.json", "--hardware", "hardware.json"]
+    assert main(["--mesh", "1x2", "--global-batch", "4", *given, "--quiet", "--out", "a.json"]) == 0
+    assert main(["explain", "a.json"]) == 2
+    assert "add --profile FILE" in capsys.readouterr().err
+    assert main(["explain", "a.json", *given]) == 0
+    assert "another fingerprint" not in capsys.readouterr().out
+    other = llama_like_profile(layers=4, embed=64, heads=4, head_dim=16, mlp=64, vocab=64, seq=8)
+    _document.save(other, "model.json")
+    assert main(["explain", "a.json", *given]) == 2
+    assert "structure" in capsys.readouterr().err
+
+
+def test_help_answers_at_once() -> None:
+    """Below 0.3 s on an idle machine; here only what would break that is looked for: heavy imports."""
+    code = "import sys; from galvatron_jax.search import _cli\ntry: _cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "assert not {'numpy', 'jax', 'rich'} & set(sys.modules), 'imported'"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment, stdout=subprocess.DEVNULL)

@@ -8,7 +8,7 @@ import pytest
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import ModelReference, Plan, PlanRun, Prediction, Stage, StagePrediction, Strategy
 from galvatron_jax.search import describe_plan
-from galvatron_jax.search._text import Piece, clean, labelled, plain, show, table
+from galvatron_jax.search._text import Line, Piece, clean, labelled, plain, show, table, wrapped
 from galvatron_jax.units import GIB
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -85,3 +85,45 @@ def test_show_in_a_terminal_styles_pieces_and_reads_no_markup(monkeypatch: pytes
     unstyled = Terminal()
     show([labelled("model", Piece("[red]x[/red]", "bold"))], unstyled)
     assert unstyled.getvalue() == "model    [red]x[/red]\n"
+
+
+@pytest.mark.parametrize("width", [50, 64, 80])
+@pytest.mark.parametrize(
+    ("line", "indent"),
+    [
+        (
+            labelled(
+                "model", Piece("llama2-7b", "bold"), " of some words that go on and on" * 5, Piece("  end", "dim")
+            ),
+            9,
+        ),
+        ((Piece("dp     512     -   113.3  does not fit: it needs a good deal more than there is"),), 26),
+    ],
+)
+def test_long_line_is_broken_between_words_below_its_last_cell(line: Line, indent: int, width: int) -> None:
+    parts = wrapped(line, width)
+    texts = ["".join(piece.text for piece in part) for part in parts]
+    assert all(len(text) <= width for text in texts)
+    assert all(text.startswith(" " * indent) and text[indent] != " " for text in texts[1:])
+    assert " ".join(text.strip() for text in texts).split() == plain([line]).split()
+    assert {piece.style for part in parts for piece in part} >= {piece.style for piece in line if piece.text.strip()}
+
+
+def test_short_line_and_long_word_stay_whole() -> None:
+    short: Line = (Piece("a b", "bold"),)
+    word: Line = (Piece("x" * 200),)
+    assert wrapped(short, 80) == [short]
+    assert wrapped(word, 80) == [word]
+
+
+def test_columns_appear_when_a_run_uses_them() -> None:
+    from msgspec.structs import replace
+
+    plan = hand_made_plan()
+    first = replace(
+        plan.stages[0], runs=(replace(plan.stages[0].runs[0], strategy=Strategy(ulysses=2, dp=4, zero=3, replicas=2)),)
+    )
+    text = describe_plan(replace(plan, stages=(first, plan.stages[1]), predicted=None))
+    for column in ("ulysses", "hsdp", "2 x 4"):
+        assert column in text
+        assert column not in describe_plan(plan)

@@ -28,7 +28,7 @@ def _figures(name: str, pair: tuple[float | None, float | None], shown: Callable
     left, right = pair
     if left is None or right is None:
         return []
-    change = "" if not left else "equal" if left == right else f"{right / left - 1:+.1%}"
+    change = "" if not left else "equal" if abs(right / left - 1) < 5e-4 else f"{right / left - 1:+.1%}"
     return [[name, shown(left), shown(right), change]]
 
 

@@ -66,8 +66,7 @@ def layer_lines(subject: Subject, layer: int, found: Sequence[Alternative], *, e
     fitting = next((a for a in found if is_faster(a.run, present) and a.run.fits), faster)
     decisive = None if fitting is None else (fitting.strategy, fitting.run)
     shown = found if every else found[:MOST_ALTERNATIVES]
-    title = f"all {count} of its run" if count > 1 else ""
-    columns = ["instead", "step", "peak GiB", ""] + ([f"{title}: step", "peak GiB", ""] if count > 1 else [])
+    columns = ["instead", "this layer: step", "peak GiB"] + ([f"all {count}: step", "peak GiB"] if count > 1 else [])
     rows = [_alternative_cells(alternative, present, count > 1) for alternative in shown]
     lines = [
         header,
@@ -76,6 +75,8 @@ def layer_lines(subject: Subject, layer: int, found: Sequence[Alternative], *, e
         (),
     ]
     lines += table(columns, rows, indent=0)
+    if any(not price.fits for alternative in shown for price in (alternative.layer, alternative.run)):
+        lines.append((Piece(f"* more than the {format_gib(subject.budget_bytes)} of a GPU", "dim"),))
     if len(shown) < len(found):
         slowest = _change(found[-1].run, present)
         lines.append((Piece(f"and {len(found) - len(shown)} slower ones, up to {slowest}: --all shows them", "dim"),))
@@ -101,7 +102,9 @@ def family_lines(families: Sequence[Family]) -> list[Line]:
         speed = f"{best / seconds_per_sample(family.plan):.1%}"
         peak, batch = f"{peak_of(family.plan) / GIB:.1f}", f"{family.plan.global_batch}"
         step, tokens = format_seconds(predicted.step_time_s), format_count(predicted.tokens_per_s)
-        rows.append([f"{rank + 1}", family.name, batch, step, tokens, speed, peak, plan_summary(family.plan)])
+        rows.append(
+            [f"{rank + 1}", family.name, batch, step, tokens, speed, peak, plan_summary(family.plan, stages=False)]
+        )
     return table(["top", "family", "batch", "step", "tokens/s", "speed", "peak GiB", ""], rows, left=2, indent=0)
 
 
@@ -163,7 +166,7 @@ def _cost_lines(subject: Subject, layer: int) -> list[Line]:
 def _alternative_cells(alternative: Alternative, present: Price, with_run: bool) -> list[str]:
     cells = [f"{alternative.strategy}"]
     for price in (alternative.layer, alternative.run) if with_run else (alternative.layer,):
-        cells += [_change(price, present), f"{price.peak_bytes / GIB:.1f}", "" if price.fits else "too much"]
+        cells += [_change(price, present), f"{price.peak_bytes / GIB:.1f}{' ' if price.fits else '*'}"]
     return cells
 
 

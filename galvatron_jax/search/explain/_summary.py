@@ -14,14 +14,14 @@ def main_strategies(plan: Plan) -> list[tuple[Strategy, int]]:
     return Counter(strategy for kind, strategy in plan.layers() if kind == main).most_common()
 
 
-def plan_summary(plan: Plan) -> str:
+def plan_summary(plan: Plan, *, stages: bool = True) -> str:
     """Return the plan in a few words, for example ``"2 stages 1f1b · 8 x 32 · zero3 dp8 (+1)"``.
 
-    Stages and schedule, microbatches and their samples, the most frequent strategy of the repeated layers, and how many
-    further ones these use.
+    Stages and schedule (unless ``stages`` is false), microbatches and their samples, the most frequent strategy of the
+    repeated layers, and how many further ones these use.
     """
     words = []
-    if len(plan.stages) > 1:
+    if stages and len(plan.stages) > 1:
         chunks = f" x {plan.chunks} chunks" if plan.chunks > 1 else ""
         words.append(f"{plan.slices} stages {plan.schedule}{chunks}")
     words.append(f"{plan.microbatches} x {plan.microbatch_size} samples")
