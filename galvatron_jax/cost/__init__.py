@@ -7,8 +7,10 @@ from ._compute import product_seconds as product_seconds
 from ._compute import traffic_seconds as traffic_seconds
 from ._kind import is_fused as is_fused
 from ._layer import estimate_layer as estimate_layer
+from ._least import least_seconds as least_seconds
 from ._measured import is_measured as is_measured
 from ._memory import memory_budget as memory_budget
+from ._memory import slice_memory as slice_memory
 from ._memory import stage_memory as stage_memory
 from ._pipeline import StageTime as StageTime
 from ._pipeline import Timeline as Timeline
@@ -19,9 +21,13 @@ from ._plan_cost import boundary_bytes as boundary_bytes
 from ._plan_cost import estimate_plan as estimate_plan
 from ._plan_cost import sample_flops as sample_flops
 from ._plan_cost import stage_setting as stage_setting
+from ._side_values import SideValue as SideValue
+from ._side_values import side_values as side_values
 from ._step_collectives import step_collectives as step_collectives
+from ._stream import StreamLayout as StreamLayout
 from ._stream import estimate_relayout as estimate_relayout
 from ._stream import estimate_transfer as estimate_transfer
+from ._stream import message_bytes as message_bytes
 from ._stream import relayout_steps as relayout_steps
 from ._stream import stream_arrays as stream_arrays
 from ._stream import stream_sizes as stream_sizes

@@ -11,7 +11,7 @@ Collective Communication Operations in MPICH"; the bandwidth terms are those of 
 with n bytes of the whole array (all-to-all and permute: of the local one), B in bytes/s, and
 
     B  = B_intra                           inside one node
-         min(c * B_inter, B_intra)         otherwise
+         min(c * B_inter * u, B_intra)     otherwise
     L  = (m - 1) * l_inter + m (c - 1) * l_intra          the hops of a ring
     L' = min(L, ceil(log2 m) * l_inter + (c - 1) * l_intra)   or of NCCL's double binary tree (equal bandwidth;
                                                               Sanders, Speck, Traff 2009)
@@ -22,11 +22,17 @@ gpus_per_node has one member per node (c = 1) and runs beside tp others, each wi
 have c shares, until the links inside the node, which all rings pass, are the bound. Chunks are pipelined through the
 hops, so the slower link decides and the two times do not add up.
 
+Why u: a strided group (the data-parallel ranks beside tp 2: every second GPU of each node) runs beside siblings that
+use the same cards at the same time. With one or two members per node each ring has a card's share for itself (u = 1).
+With more, every group has rings on every card, nobody schedules the rings of different communicators beside each other,
+and cards wait while others queue: u = ``SHARED_CARDS`` of the shares. A group of whole nodes has no siblings (u = 1).
+
 Checked on an unnamed A100-class cluster (2x8, all-reduce of 32 MiB; Hetu-Galvatron's allreduce_bandwidth file), with
-B_inter set from its c = 1 group, 8.13 MiB/ms of bus bandwidth: c = 2 measured 16.2, formula 16.2; c = 4: 20.8, 31.8
-(+53 %); c = 8: 44.7, 60.0 (+34 %). The eight c = 1 groups together carry 65 MiB/ms per node, yet one c = 8 group only
-45: at this size its rings do not fill the cards. Well-built fabrics reach the card sum at large sizes (nccl-tests issue
-100), so the formula stays, optimistic for small messages over several nodes. Measure where it matters: tables win.
+B_inter set from its c = 1 groups, 8.13 MiB/ms of bus bandwidth; all siblings run at once. c = 2 beside 4 groups:
+measured 16.2, formula 16.2; c = 4 beside 2 groups: 20.8, without u 31.8 (+53 %), hence u; c = 8: 44.7, 60.0 (+34 %).
+The eight c = 1 groups together carry 65 MiB/ms per node, yet one c = 8 group only 45: at this size its rings do not
+fill the cards. Well-built fabrics reach the card sum at large sizes (nccl-tests issue 100), so there the formula stays,
+optimistic for small messages over several nodes. Measure where it matters: tables win.
 
 A table of the same kind, group size and place (inside a node or not) replaces the formula. Inside a node, a table of
 another group size is scaled by the ratio of the formulas. Limit: a table does not say how many members share a node.
@@ -40,6 +46,10 @@ from typing import NamedTuple
 from ..profile import CollectiveKind, HardwareProfile, Link
 from ._tables import interpolate, nearest_table
 
+SHARED_CARDS = 0.65
+"""Share of the cards that groups beside each other reach with more than two members per node each.
+measured: Hetu-Galvatron cea12ff, 2x8 A100-class, all-reduce of 32 MiB, 20.8 of 31.8 MiB/ms (see above)."""
+
 
 class Group(NamedTuple):
     """Members of one collective: ``per_node`` on each of ``nodes`` nodes."""
@@ -47,6 +57,8 @@ class Group(NamedTuple):
     size: int
     nodes: int
     per_node: int
+    siblings: int = 1
+    """Groups that run the same collective on the same nodes at the same time, this one included."""
 
 
 def device_group(size: int, stride: int, gpus_per_node: int) -> Group:
@@ -59,7 +71,7 @@ def device_group(size: int, stride: int, gpus_per_node: int) -> Group:
     if gpus_per_node % span == 0:
         return Group(size, 1, size)
     per_node = max(1, math.gcd(gpus_per_node, span) // stride)
-    return Group(size, math.ceil(size / per_node), per_node)
+    return Group(size, math.ceil(size / per_node), per_node, max(1, gpus_per_node // per_node))
 
 
 def collective_seconds(kind: CollectiveKind, size_bytes: float, group: Group, hardware: HardwareProfile) -> float:
@@ -104,7 +116,8 @@ def ring_bandwidth(group: Group, hardware: HardwareProfile) -> float:
     inside = hardware.intra_node.bandwidth_bytes_per_s
     if group.nodes == 1:
         return inside
-    return min(group.per_node * hardware.inter_node.bandwidth_bytes_per_s, inside)
+    shared = SHARED_CARDS if group.siblings > 1 and group.per_node > 2 else 1.0
+    return min(group.per_node * shared * hardware.inter_node.bandwidth_bytes_per_s, inside)
 
 
 def message_seconds(size_bytes: float, link: Link) -> float:

@@ -16,18 +16,25 @@ of the hardware profile is stated for 4, so that product is in it.
 Memory-bound kernels take bytes / memory bandwidth; between two products the compiler fuses them into about one kernel,
 hence their floor of one launch per product. Arrays without a batch are weights, cast to the compute dtype (forward) or
 gradients, cast back (backward): under zero they are cast as shards. Backward is counted from the profile's own backward
-products, never as a multiple of forward. Full remat runs forward again, except products that nothing in backward needs.
+products, never as a multiple of forward. What rematerialisation runs again:
+
+    full    forward: its traffic and its products, except those that nothing in backward needs
+    dots    of these the products of two activations (attention) and the traffic inside attention; the results of
+            products with weights are kept, and what loop fusion makes of them is in the backward traffic already
+            (docs/design/0002-residuals.md)
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import DocumentError
 from ..profile import HardwareProfile, Phase
-from ._kind import DotSum, KindSums
+from ..strategy import Remat
+from ._kind import DotSum, KindSums, LocalSum
 from ._memo import remembered
 from ._values import Shares
 
@@ -62,9 +69,7 @@ def efficiency_curve(hardware: HardwareProfile) -> Curve:
     )
 
 
-def compute_seconds(
-    sums: KindSums, phase: Phase, shares: Shares, hardware: HardwareProfile, *, causal: bool, again: bool = False
-) -> float:
+def compute_seconds(sums: KindSums, phase: Phase, shares: Shares, hardware: HardwareProfile, *, causal: bool) -> float:
     """Return the seconds that one device computes in one phase of one layer, for one microbatch, weight casts left out.
 
     Args:
@@ -73,14 +78,37 @@ def compute_seconds(
         shares: What the strategy leaves on one device.
         hardware: The device.
         causal: Attention is causal.
-        again: Only what full rematerialisation runs again.
 
     Raises:
         DocumentError: the hardware profile has no matmul rate for an operand dtype.
     """
-    dots = [dot for dot in sums.dots[phase] if dot.recomputed or not again]
+    return _seconds(sums.dots[phase], sums.traffic[phase], phase, shares, hardware, causal)
+
+
+def recompute_seconds(
+    sums: KindSums, remat: Remat, shares: Shares, hardware: HardwareProfile, *, causal: bool
+) -> float:
+    """Return the seconds that one device computes forward again in the backward pass of one layer.
+
+    Args:
+        sums: The layer kind.
+        remat: What the layer keeps.
+        shares: What the strategy leaves on one device.
+        hardware: The device.
+        causal: Attention is causal.
+    """
+    if remat == "none":
+        return 0.0
+    dots = [dot for dot in sums.dots["forward"] if dot.recomputed and (dot.batched or remat == "full")]
+    traffic = sums.traffic["forward"] if remat == "full" else sums.attention_traffic
+    return _seconds(dots, traffic, "forward", shares, hardware, causal)
+
+
+def _seconds(
+    dots: Sequence[DotSum], traffic: LocalSum, phase: Phase, shares: Shares, hardware: HardwareProfile, causal: bool
+) -> float:
     products_s = sum(dot.copies * _dot_seconds(dot, phase, shares, hardware, causal) for dot in dots)
-    return products_s + traffic_seconds(sums.traffic[phase].at(shares), sum(dot.copies for dot in dots) or 1, hardware)
+    return products_s + traffic_seconds(traffic.at(shares), sum(dot.copies for dot in dots) or 1, hardware)
 
 
 def traffic_seconds(size_bytes: float, kernels: int, hardware: HardwareProfile) -> float:

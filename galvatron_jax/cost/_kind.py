@@ -2,16 +2,20 @@
 
 An array of a layer is a monomial over classes, so on one device it has
 
-    size = coefficient * microbatch^p / (dp if p else 1) * share,     share in {1, 1/tp, 1/tp with sp else 1}
+    size = coefficient * microbatch^p / (dp if p else 1) * share
 
-where ``p`` counts its batch dimensions (a mesh axis can shard one of them only), and the share is
+where ``p`` counts its batch dimensions (a mesh axis can shard one of them only), and the share, one dimension sharded
+over the trailing mesh axes again, depends on what the array carries (``Shares.share``):
 
-* ``tensor``: 1/tp, when it carries a class of the kind's best candidate;
-* ``sequence``: 1/tp under sequence parallelism, when it carries ``seq`` but no class of the candidate;
-* ``whole``: 1, otherwise.
+* classes of the kind's best candidate: under tensor parallelism 1 / shards of these classes (``Candidate.shards``).
+  That is 1 / tp; with kv heads that tp exceeds, keys and values (which carry the kv heads but not the group) have
+  gcd(tp, kv heads) shards only: they are copied;
+* ``seq`` but no class of the candidate: 1 / tp under sequence parallelism;
+* ``seq``, or batch and heads (``Ulysses.classes``): 1 / ulysses; weights are whole there;
+* otherwise 1.
 
-Arrays with equal ``p`` and share add up, so every sum of a kind has a handful of terms. Complexity: one pass over the
-arrays of the kind, once; then O(terms) per price.
+Arrays with equal ``p`` that carry the same add up, so every sum of a kind has a handful of terms. Complexity: one pass
+over the arrays of the kind, once; then O(terms) per price.
 """
 
 from __future__ import annotations
@@ -19,35 +23,30 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from ..plan import zero_dim
-from ..profile import BATCH, SEQ, Array, Dot, HardwareProfile, LayerKind, Phase
+from ..profile import BATCH, SEQ, Array, Dot, HardwareProfile, LayerKind, Parameter, Phase
 from ..units import ITEM_BYTES
 from ._memo import remembered
-from ._values import Shares
+from ._values import Carried, Shares
 
-Share = Literal["whole", "tensor", "sequence"]
 PHASES: tuple[Phase, ...] = ("forward", "backward")
 FUSABLE_DTYPES = ("bfloat16", "float16")
 """Fused attention kernels (FlashAttention, cuDNN) exist for these operand dtypes."""
 
 
 class LocalSum(NamedTuple):
-    """A sum of array sizes as a function of the strategy's shares: (coefficient, batch power, share) of each term."""
+    """A sum of array sizes as a function of the strategy's shares: (coefficient, batch power, carried) of each term."""
 
-    terms: tuple[tuple[float, int, Share], ...]
+    terms: tuple[tuple[float, int, Carried], ...]
 
     def at(self, shares: Shares) -> float:
         """Return the sum on one device."""
         total = 0.0
-        for coefficient, power, share in self.terms:
+        for coefficient, power, carried in self.terms:
             size = coefficient * shares.microbatch**power / shares.dp if power else coefficient
-            if share == "tensor":
-                size *= shares.tensor
-            elif share == "sequence":
-                size *= shares.sequence
-            total += size
+            total += size * shares.share(carried)
         return total
 
 
@@ -61,6 +60,9 @@ class DotSum(NamedTuple):
     fused: bool
     """Part of a fused attention kernel."""
     recomputed: bool
+    """Full rematerialisation runs it again."""
+    batched: bool
+    """Remat ``dots`` runs it again too, if it is ``recomputed``."""
 
 
 class KindSums(NamedTuple):
@@ -71,9 +73,15 @@ class KindSums(NamedTuple):
     """Bytes that memory-bound kernels read and write, of arrays with a batch."""
     weight_traffic: dict[Phase, LocalSum]
     """The same of arrays without a batch: casts of the weights to the compute dtype and of their gradients back."""
+    attention_traffic: LocalSum
+    """The part of the forward traffic inside attention: what remat ``dots`` runs again."""
     stream_input: LocalSum
     """Bytes of the layer's stream input: all that full remat keeps."""
     residuals: LocalSum
+    residuals_dots: LocalSum
+    """The same under remat ``dots``; nothing when the profile does not know it."""
+    copied: tuple[Array, ...]
+    """Keys and values: what is copied when tp exceeds the kv heads (``Candidate.spill``)."""
     workspace: LocalSum
     gathered: LocalSum
     """Bytes of what sequence parallelism gathers along the sequence in one backward pass: cotangents, and the stream
@@ -105,22 +113,32 @@ class WeightBytes(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """Parameters of a kind under one (tp, dp), by whether zero can shard them."""
+    """Parameters of a kind under one tensor degree, by whether zero can shard them over its ranks."""
 
     divided: WeightBytes
-    """Those with a dimension that dp divides (``plan.zero_dim``)."""
+    """Those with a dimension that the ranks divide (``plan.zero_dim``)."""
     whole: WeightBytes
-    """The others: every data-parallel rank keeps all of them."""
+    """The others: every rank keeps all of them."""
     replicated: WeightBytes
     """What one device holds where zero does not shard: divided + whole."""
     sharded: WeightBytes
-    """What one device holds where zero shards: divided / dp + whole."""
+    """What one device holds where zero shards: divided / ranks + whole."""
     arrays: int
     """How many parameters there are."""
+    tied: WeightBytes
+    """The part of divided + whole that a layer before holds too."""
+    own_replicated: WeightBytes
+    """What one device holds besides these where zero does not shard."""
+    own_sharded: WeightBytes
+    """The same where zero shards."""
 
     def held(self, is_sharded: bool) -> WeightBytes:
         """Return what one device holds."""
         return self.sharded if is_sharded else self.replicated
+
+    def own(self, is_sharded: bool) -> WeightBytes:
+        """Return what one device holds besides the arrays that a layer before it on the same stage keeps."""
+        return self.own_sharded if is_sharded else self.own_replicated
 
 
 @remembered
@@ -134,12 +152,16 @@ def is_fused(kind: LayerKind, hardware: HardwareProfile) -> bool:
 def summarise(kind: LayerKind, fused: bool) -> KindSums:
     """Return the sums of ``kind``, with or without fused attention."""
     stream = [boundary.array for boundary in kind.inputs if boundary.stream]
+    forward = [traffic.array for traffic in kind.traffic if traffic.phase == "forward"]
     return KindSums(
         dots={phase: tuple(_dot(kind, dot, fused) for dot in kind.dots if dot.phase == phase) for phase in PHASES},
         traffic={phase: _traffic(kind, phase, fused, batch=True) for phase in PHASES},
         weight_traffic={phase: _traffic(kind, phase, fused, batch=False) for phase in PHASES},
+        attention_traffic=_total(kind, [array for array in forward if array.attention], fused),
         stream_input=_total(kind, stream, fused),
         residuals=_total(kind, kind.residuals, fused),
+        residuals_dots=_total(kind, kind.residuals_dots or (), fused),
+        copied=_copied(kind),
         workspace=_total(kind, kind.workspace, fused),
         gathered=_gathered(kind),
         flops=_sample_flops(kind, kind.dots),
@@ -148,42 +170,71 @@ def summarise(kind: LayerKind, fused: bool) -> KindSums:
 
 
 @remembered
-def weigh(kind: LayerKind, tp: int, dp: int) -> Weights:
-    """Return the parameter bytes of ``kind`` under ``tp``, split by whether ``dp`` divides them."""
+def weigh(kind: LayerKind, tp: int, ranks: int) -> Weights:
+    """Return the parameter bytes of ``kind`` under ``tp``, split by whether zero can shard them over ``ranks``."""
     candidate = kind.best_candidate
-    tensor_shards = candidate.shards(tp, kind.classes) if candidate else {}
+    shards = candidate.shards(tp, kind.classes) if candidate else {}
+    untied = [parameter for parameter in kind.parameters if not parameter.tied]
+    divided, whole = _by_zero(kind, kind.parameters, shards, ranks)
+    own_divided, own_whole = _by_zero(kind, untied, shards, ranks)
+    tied_divided, tied_whole = _by_zero(kind, [p for p in kind.parameters if p.tied], shards, ranks)
+    return Weights(
+        divided=divided,
+        whole=whole,
+        replicated=divided.plus(whole),
+        sharded=divided.scaled(1 / ranks).plus(whole),
+        arrays=len(kind.parameters),
+        tied=tied_divided.plus(tied_whole),
+        own_replicated=own_divided.plus(own_whole),
+        own_sharded=own_divided.scaled(1 / ranks).plus(own_whole),
+    )
+
+
+def _by_zero(
+    kind: LayerKind, parameters: Iterable[Parameter], shards: dict[str, int], ranks: int
+) -> tuple[WeightBytes, WeightBytes]:
+    """Bytes of the parameters that ``ranks`` ranks can shard, and of the others."""
     divided = whole = WeightBytes(0.0, 0.0, 0.0, 0.0)
-    for parameter in kind.parameters:
-        elements = parameter.array().elements(kind.classes, tensor_shards)
-        stored = elements * ITEM_BYTES[parameter.dtype]
+    for parameter in parameters:
+        elements = parameter.array().elements(kind.classes, shards)
         computed = elements * ITEM_BYTES[parameter.compute_dtype]
         cast = computed if parameter.compute_dtype != parameter.dtype else 0.0
-        weight = WeightBytes(elements, stored, computed, cast)
-        if zero_dim(parameter, kind.classes, tensor_shards, dp) is None:
+        weight = WeightBytes(elements, elements * ITEM_BYTES[parameter.dtype], computed, cast)
+        if zero_dim(parameter, kind.classes, shards, ranks) is None:
             whole = whole.plus(weight)
         else:
             divided = divided.plus(weight)
-    sharded = divided.scaled(1 / dp).plus(whole)
-    return Weights(divided, whole, divided.plus(whole), sharded, len(kind.parameters))
+    return divided, whole
 
 
 def array_bytes(kind: LayerKind, array: Array) -> LocalSum:
     """Return the bytes of one of the ``array.count`` arrays."""
-    share, power, size = _monomial(kind, array.classes, array.factor)
-    return LocalSum(((ITEM_BYTES[array.dtype] * size, power, share),))
+    carried, power, size = _monomial(kind, array.classes, array.factor)
+    return LocalSum(((ITEM_BYTES[array.dtype] * size, power, carried),))
 
 
 def _dot(kind: LayerKind, dot: Dot, fused: bool) -> DotSum:
-    share, power, size = _monomial(kind, dot.classes, dot.factor)
-    flops = LocalSum(((2 * size, power, share),))
-    if fused and dot.attention:  # one kernel, in the operands' dtype also where the traced backward was wider
-        return DotSum(flops, next(d.dtype for d in _scores(kind)), dot.count, True, dot.recomputed)
-    return DotSum(flops, dot.dtype, dot.count, False, dot.recomputed)
+    carried, power, size = _monomial(kind, dot.classes, dot.factor)
+    flops = LocalSum(((2 * size, power, carried),))
+    # a fused kernel works in the operands' dtype also where the traced backward was wider
+    dtype = next(d.dtype for d in _scores(kind)) if fused and dot.attention else dot.dtype
+    return DotSum(flops, dtype, dot.count, fused and dot.attention, dot.recomputed, dot.batched)
 
 
 def _scores(kind: LayerKind) -> list[Dot]:
     """Attention products of the forward pass: their dtype is that of query, key and value."""
     return [dot for dot in kind.dots if dot.attention and dot.phase == "forward"]
+
+
+def _copied(kind: LayerKind) -> tuple[Array, ...]:
+    """What the forward pass keeps that carries kv heads and a batch, but not the query heads of a group."""
+    spill = kind.best_candidate.spill if kind.best_candidate else {}
+    return tuple(
+        array
+        for name, rest in spill.items()
+        for array in kind.residuals
+        if {BATCH, name} <= set(array.classes) and rest not in array.classes and not array.attention
+    )
 
 
 def _traffic(kind: LayerKind, phase: Phase, fused: bool, *, batch: bool) -> LocalSum:
@@ -192,12 +243,12 @@ def _traffic(kind: LayerKind, phase: Phase, fused: bool, *, batch: bool) -> Loca
 
 
 def _total(kind: LayerKind, arrays: Iterable[Array], fused: bool) -> LocalSum:
-    found: dict[tuple[int, Share], float] = defaultdict(float)
+    found: dict[tuple[int, Carried], float] = defaultdict(float)
     for array in arrays:
         if not (fused and array.attention):
-            share, power, size = _monomial(kind, array.classes, array.factor)
-            found[power, share] += ITEM_BYTES[array.dtype] * array.count * size
-    return LocalSum(tuple((size, power, share) for (power, share), size in found.items()))
+            carried, power, size = _monomial(kind, array.classes, array.factor)
+            found[power, carried] += ITEM_BYTES[array.dtype] * array.count * size
+    return LocalSum(tuple((size, power, carried) for (power, carried), size in found.items()))
 
 
 def _gathered(kind: LayerKind) -> LocalSum:
@@ -208,22 +259,23 @@ def _gathered(kind: LayerKind) -> LocalSum:
             array = collective.array
             _, power, size = _monomial(kind, array.classes, array.factor)
             found[power] += ITEM_BYTES[array.dtype] * array.count * size
-    return LocalSum(tuple((size, power, "whole") for power, size in found.items()))
+    return LocalSum(tuple((size, power, NOTHING_CARRIED) for power, size in found.items()))
 
 
-def _monomial(kind: LayerKind, classes: tuple[str, ...], factor: int) -> tuple[Share, int, float]:
-    """Return (share, batch power, size at one sample) of an array or product."""
+NOTHING_CARRIED = Carried((), sequence=False, heads=False)
+
+
+def _monomial(kind: LayerKind, classes: tuple[str, ...], factor: int) -> tuple[Carried, int, float]:
+    """Return (carried classes, batch power, size at one sample) of an array or product."""
     size = factor * math.prod(kind.classes[name] for name in classes if name != BATCH)
-    return _share(kind, classes), classes.count(BATCH), float(size)
+    return _carried(kind, classes), classes.count(BATCH), float(size)
 
 
-def _share(kind: LayerKind, classes: tuple[str, ...]) -> Share:
-    candidate = kind.best_candidate
-    if candidate is None:
-        return "whole"
-    if not set(candidate.classes).isdisjoint(classes):
-        return "tensor"
-    return "sequence" if SEQ in classes else "whole"
+def _carried(kind: LayerKind, classes: tuple[str, ...]) -> Carried:
+    candidate, ulysses = kind.best_candidate, kind.ulysses
+    sharded = {*candidate.classes, *candidate.spill.values()} if candidate else set()
+    heads = ulysses is not None and BATCH in classes and not set(ulysses.classes).isdisjoint(classes)
+    return Carried(tuple(sorted(sharded.intersection(classes))), SEQ in classes, heads)
 
 
 def _sample_flops(kind: LayerKind, dots: Iterable[Dot]) -> float:

@@ -1,8 +1,8 @@
 """The price of one layer under one strategy on one device.
 
-With f, b, r the seconds of computing forward, backward and (full remat) forward again; T and D the tensor-parallel and
-data-parallel collectives of a phase, both exposed; G the zero-3 gather, R the gradient reduction; and x(c, g) what
-communication g adds beside compute c (``_overlap``):
+With f, b, r the seconds of computing forward, backward and (remat) forward again; T and D the collectives over the
+trailing mesh axes and those of the batch of a phase, both exposed; G the zero-3 gather, R the gradient reduction; and
+x(c, g) what communication g adds beside compute c (``_overlap``):
 
     forward_s  = f     + T_f       + D_f       + x(f, G)
     backward_s = b + r + T_b + T_r + D_b + D_r + x(b + r, G + R [zero >= 2])
@@ -24,10 +24,8 @@ from ._kind import is_fused, summarise, weigh
 from ._memory import STATE, layer_memory
 from ._overlap import exposed_seconds
 from ._values import LayerCost, Setting, Shares
-from ._weights import weight_work
-from ._work import PassWork, layer_work
-
-NOTHING = PassWork(0.0, 0.0, 0.0)
+from ._weights import Spread, borrows, weight_work
+from ._work import layer_work, spread_of
 
 
 def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> LayerCost:
@@ -35,17 +33,17 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
 
     Args:
         kind: The layer kind, at the sequence length to price.
-        strategy: The strategy; ``dp * tp`` equals the stage's devices.
+        strategy: The strategy; ``inner * dp`` equals the stage's devices.
         setting: Batch, stage and hardware.
 
     Raises:
         DocumentError: the hardware profile lacks the matmul rate of an operand dtype.
     """
-    hardware, tp, dp, zero, gpus = setting.hardware, strategy.tp, strategy.dp, strategy.zero, setting.gpus_per_node
-    work = layer_work(kind, hardware, (tp, dp, strategy.sp), setting.microbatch, setting.causal_attention, gpus)
-    state = setting.training.state_bytes_per_parameter
-    weights = weight_work(kind, hardware, (tp, dp, zero), setting.microbatches > 1, state, gpus)
-    again = work.again if strategy.remat == "full" else NOTHING
+    hardware, gpus, training = setting.hardware, setting.gpus_per_node, setting.training
+    work = layer_work(kind, hardware, spread_of(strategy), setting.microbatch, setting.causal_attention, gpus)
+    state, accumulates, pipelined = training.state_bytes_per_parameter, setting.microbatches > 1, setting.slices > 1
+    weights = weight_work(kind, hardware, Spread.of(strategy), accumulates, state, gpus, pipelined)
+    again = work.again[strategy.remat]
     again_s = again.compute_s + (weights.forward_s if strategy.remat == "full" else 0.0)
     forward_s = work.forward.compute_s + weights.forward_s
     backward_s = work.backward.compute_s + weights.backward_s
@@ -75,6 +73,14 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
 
 def _memory(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:
     sums = summarise(kind, is_fused(kind, setting.hardware))
-    shares = Shares.of(strategy, setting.microbatch)
-    weights = weigh(kind, strategy.tp, strategy.dp)
-    return layer_memory(sums, weights, strategy, shares, setting.training, accumulates=setting.microbatches > 1)
+    shares = Shares.of(kind, strategy, setting.microbatch)
+    weights = weigh(kind, strategy.tp, strategy.zero_ranks)
+    return layer_memory(
+        sums,
+        weights,
+        strategy,
+        shares,
+        setting.training,
+        accumulates=setting.microbatches > 1,
+        borrowing=borrows(weights, setting.slices > 1),
+    )

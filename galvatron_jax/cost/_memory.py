@@ -1,26 +1,29 @@
 """Bytes of one layer on one device.
 
-State (persistent; w elements after tensor parallelism; /dp where zero shards and a dimension divides, plan.zero_dim)
+State (persistent; w elements after tensor parallelism; / z, the strategy's zero ranks, where zero shards and a
+dimension divides, plan.zero_dim; tied parameters that a layer before keeps on the same stage not at all)
 
-    parameters   w * storage itemsize                        / dp from zero 3
-    gradients    w * storage itemsize                        / dp from zero 2; from zero 1 without accumulation
-    optimizer    w * training.state_bytes_per_parameter      / dp from zero 1
+    parameters   w * storage itemsize                        / z from zero 3
+    gradients    w * storage itemsize                        / z from zero 2; from zero 1 without accumulation
+    optimizer    w * training.state_bytes_per_parameter      / z from zero 1
 
 Gradients live in the storage dtype, with or without accumulation: the compiled step allocates them for all layers at
 once (the output of the scan over layers, or the accumulator of the scan over microbatches). With one microbatch there
 is no accumulator, and under zero 1 each device keeps of a reduced gradient only what it updates: programs of zero 1 and
 zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
-Residuals (per in-flight microbatch): the stream input, and without remat all that forward keeps for backward.
+Residuals (per in-flight microbatch): the stream input; without remat all that forward keeps for backward, under remat
+``dots`` the results of products with weights.
 
 Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
 
     workspace
     + what sp gathers in the backward pass      stream and cotangents, whole along the sequence: operands of weight
                                                 gradients, which the compiler computes last, so all of them are alive
-    + residuals                                 with full remat: they are computed again just before
-    + copies of the weights in the compute dtype: zero 3: gathered, twice (this layer's and the prefetched next one's);
-      otherwise once, of those whose compute dtype is not their storage dtype
+    + residuals that remat did not keep         they are computed again just before
+    + copies of the weights in the compute dtype: zero 3 (and a layer that borrows tied parameters): gathered, twice
+      (this layer's and the prefetched next one's); otherwise once, of those whose compute dtype is not their storage
+      dtype
     + the layer's whole gradient in the compute dtype, before it is reduced or added to the accumulator
 
 Checked in tests/cost/test_memory.py against peaks of XLA:GPU programs for 16 H100 (12 plans). Not included: what no
@@ -32,7 +35,7 @@ go. Programs that scan over layers allocate both for the whole backward pass, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import ceil
 
 from ..plan import Strategy, Training
@@ -45,28 +48,38 @@ STATE = ("parameters", "gradients", "optimizer")
 
 
 def layer_memory(
-    sums: KindSums, weights: Weights, strategy: Strategy, shares: Shares, training: Training, *, accumulates: bool
+    sums: KindSums,
+    weights: Weights,
+    strategy: Strategy,
+    shares: Shares,
+    training: Training,
+    *,
+    accumulates: bool,
+    borrowing: bool,
 ) -> dict[str, float]:
     """Return the bytes of one layer by category (residuals: of one microbatch).
 
     Args:
         sums: The layer kind.
-        weights: Its parameters under the strategy's (tp, dp).
+        weights: Its parameters under the strategy's (tp, zero ranks).
         strategy: The strategy.
         shares: What the strategy leaves on one device.
         training: What the optimizer keeps.
         accumulates: More than one microbatch per step.
+        borrowing: A layer before it on the same stage keeps its tied parameters.
     """
-    zero = strategy.zero
+    zero, remat = strategy.zero, strategy.remat
+    held = weights.own if borrowing else weights.held
     residuals = sums.residuals.at(shares)
-    live = sums.workspace.at(shares) + _weight_copies(weights, zero) + weights.replicated.computed
+    kept = {"none": residuals, "dots": sums.residuals_dots.at(shares), "full": 0.0}[remat]
+    live = sums.workspace.at(shares) + _weight_copies(weights, 3 if borrowing else zero) + weights.replicated.computed
     live += sums.gathered.at(shares) if strategy.sp else 0.0
     return {
-        "parameters": weights.held(zero >= 3).stored,
-        "gradients": weights.held(zero >= (2 if accumulates else 1)).stored,
-        "optimizer": weights.held(zero >= 1).elements * training.state_bytes_per_parameter,
-        "residuals": sums.stream_input.at(shares) + (residuals if strategy.remat == "none" else 0.0),
-        "live": live + (residuals if strategy.remat == "full" else 0.0),
+        "parameters": held(zero >= 3).stored,
+        "gradients": held(zero >= (2 if accumulates else 1)).stored,
+        "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
+        "residuals": sums.stream_input.at(shares) + kept,
+        "live": live + max(0.0, residuals - kept),
     }
 
 
@@ -83,8 +96,23 @@ def stage_memory(layers: Sequence[tuple[LayerCost, int]], in_flight: int, bounda
         in_flight: Microbatches whose residuals are held at once.
         boundary_bytes: Buffers of messages to and from the neighbouring stages.
     """
+    return slice_memory([layers], [(in_flight,)], boundary_bytes)
+
+
+def slice_memory(
+    chunks: Sequence[Sequence[tuple[LayerCost, int]]], moments: Collection[Sequence[int]], boundary_bytes: float
+) -> dict[str, int]:
+    """Return the peak bytes of one device slice by category, each rounded up; the peak is their sum.
+
+    Args:
+        chunks: (cost, count) of the layers of each of its stages.
+        moments: The fullest moments, each as microbatches in flight by chunk (``schedule.in_flight_units``).
+        boundary_bytes: Buffers of messages to and from the neighbouring stages, all chunks together.
+    """
+    layers = [item for chunk in chunks for item in chunk]
     memory = {name: sum(count * cost.memory[name] for cost, count in layers) for name in STATE}
-    memory["residuals"] = in_flight * sum(count * cost.residual_bytes for cost, count in layers)
+    residuals = [sum(count * cost.residual_bytes for cost, count in chunk) for chunk in chunks]
+    memory["residuals"] = max(sum(n * size for n, size in zip(held, residuals, strict=True)) for held in moments)
     memory["live"] = max((cost.live_bytes for cost, _ in layers), default=0.0)
     memory["boundary"] = boundary_bytes
     return {name: ceil(value) for name, value in memory.items()}

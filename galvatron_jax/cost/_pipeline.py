@@ -1,15 +1,17 @@
 """Step time of a pipeline: the schedule itself, played through.
 
-Action a of stage s starts when the stage has finished its action before and the value that a consumes has arrived:
+With S device slices, stage k lives on slice ``k % S`` (one stage each, or several chunks: ``schedule``). An action of a
+slice starts when the slice has finished its action before and the value that it consumes has arrived:
 
-    start(s, forward i)  >= end(s - 1, forward i)  + transfer(s - 1)
-    start(s, backward i) >= end(s + 1, backward i) + transfer(s)          last stage: end(s, forward i)
-    step time            = max over s of end(s, last action) + step_end(s)
+    start(forward i of stage k)  >= end(forward i of k - 1)  + transfer(k - 1)
+    start(backward i of stage k) >= end(backward i of k + 1) + transfer(k)      last stage: end(its forward i)
+    step time                    = max over slices of end(last action) + step ends of its stages
 
 Messages travel beside compute, so a transfer delays the receiver and occupies nobody. The step time is the longest
-path of this graph; all weights enter with a plus sign, so it never falls while any of them rises. Every stage can be
+path of this graph; all weights enter with a plus sign, so it never falls while any of them rises. Every slice can be
 the bound.
-For equal stages without transfers, 1F1B and GPipe both give (m + p - 1)(f + b) (Narayanan et al. 2021, section 2.2).
+For equal stages without transfers, 1F1B and GPipe both give (m + p - 1)(f + b) (Narayanan et al. 2021, section 2.2),
+and v chunks of f / v and b / v each give (m + (p - 1) / v)(f + b) (the same, section 2.2.2).
 Complexity: O(stages * microbatches).
 """
 
@@ -36,22 +38,22 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """What happens in one step."""
+    """What happens in one step, by device slice (one stage each, unless the schedule is interleaved)."""
 
     step_time_s: float
     busy_s: tuple[float, ...]
-    """Seconds that each stage computes or communicates, its step end included."""
+    """Seconds that each slice computes or communicates, its step end included."""
     end_s: tuple[float, ...]
-    """When each stage is done, its step end included."""
+    """When each slice is done, its step end included."""
 
     @property
     def bubble_s(self) -> tuple[float, ...]:
-        """Seconds that each stage is idle within the step."""
+        """Seconds that each slice is idle within the step."""
         return tuple(self.step_time_s - busy for busy in self.busy_s)
 
     @property
-    def slowest_stage(self) -> int:
-        """The stage that is done last (the busiest of equals)."""
+    def slowest_slice(self) -> int:
+        """The slice that is done last (the busiest of equals)."""
         return max(range(len(self.end_s)), key=lambda s: (self.end_s[s], self.busy_s[s]))
 
 
@@ -59,39 +61,41 @@ def simulate(schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequen
     """Return when everything happens, and so how long a step takes.
 
     Args:
-        schedule: Action lists, one per stage (``schedule.build_schedule``).
-        stages: Seconds of each stage.
+        schedule: Action lists, one per slice (``schedule.build_schedule``).
+        stages: Seconds of each stage; a multiple of the slices.
         transfer_s: Seconds of a message over each of the ``len(stages) - 1`` boundaries, in either direction.
 
     Raises:
         PlanError: the schedule waits for itself.
     """
+    slices = len(schedule)
     if len(stages) == 1:
         return _one_stage(schedule, stages[0])
     ends = play(schedule, stages, transfer_s)
-    return _timeline(
-        schedule, stages, [max(end for key, end in ends.items() if key[0] == s) for s in range(len(stages))]
-    )
+    last = [actions[-1] for actions in schedule]
+    clock = [ends[chunk * slices + s, phase, microbatch] for s, (phase, microbatch, chunk) in enumerate(last)]
+    return _timeline(schedule, stages, clock)
 
 
 def play(
     schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequence[float]
 ) -> dict[tuple[int, str, int], float]:
     """Return when every action ends, by (stage, phase, microbatch); arguments and errors as ``simulate``."""
-    clock, position = [0.0] * len(stages), [0] * len(stages)
+    slices = len(schedule)
+    clock, position = [0.0] * slices, [0] * slices
     ends: dict[tuple[int, str, int], float] = {}
     left, moved = sum(len(actions) for actions in schedule), True
     while left and moved:
         moved = False
         for s, actions in enumerate(schedule):
             while position[s] < len(actions):
-                phase, microbatch, _ = actions[position[s]]
-                ready = _arrival(ends, s, phase, microbatch, transfer_s)
+                phase, microbatch, chunk = actions[position[s]]
+                k = chunk * slices + s
+                ready = _arrival(ends, k, phase, microbatch, transfer_s)
                 if ready is None:
                     break
-                duration = stages[s].forward_s if phase == "forward" else stages[s].backward_s
-                clock[s] = max(clock[s], ready) + duration
-                ends[s, phase, microbatch] = clock[s]
+                clock[s] = max(clock[s], ready) + (stages[k].forward_s if phase == "forward" else stages[k].backward_s)
+                ends[k, phase, microbatch] = clock[s]
                 position[s] += 1
                 left, moved = left - 1, True
     if left:
@@ -126,9 +130,12 @@ def _one_stage(schedule: Schedule, stage: StageTime) -> Timeline:
 
 
 def _timeline(schedule: Schedule, stages: Sequence[StageTime], clock: Sequence[float]) -> Timeline:
-    ends = tuple(end + stage.step_end_s for end, stage in zip(clock, stages, strict=True))
+    slices = len(schedule)
+    step_ends = [sum(stage.step_end_s for stage in stages[s::slices]) for s in range(slices)]
+    ends = tuple(end + step_end for end, step_end in zip(clock, step_ends, strict=True))
+    microbatches = len(schedule[0]) * slices // len(stages) // 2
     busy = tuple(
-        len(actions) // 2 * (stage.forward_s + stage.backward_s) + stage.step_end_s
-        for actions, stage in zip(schedule, stages, strict=True)
+        sum(microbatches * (stage.forward_s + stage.backward_s) for stage in stages[s::slices]) + step_ends[s]
+        for s in range(slices)
     )
     return Timeline(step_time_s=max(ends), busy_s=busy, end_s=ends)

@@ -2,15 +2,18 @@
 
 Listed for one microbatch's forward and backward pass, layer by layer:
 
-    tensor     of sharding the candidate's classes over the tp ranks; a recomputed forward pass runs some of them again
+    tensor     of the trailing mesh axes (``_work``): tensor parallelism, with keys and values copied where tp exceeds
+               the kv heads, or Ulysses; a recomputed forward pass runs some of them again
     data       of sharding the batch over the dp ranks, parameter gradients left out (the mean of the loss)
-    weights    zero 3 gathers the parameters that dp divides, in forward and in backward, in the compute dtype
-    gradient   zero 0 all-reduces all gradients over dp; otherwise those that dp divides are reduce-scattered
+    weights    zero 3 gathers the parameters that its ranks divide, in forward and in backward, in the compute dtype
+    gradient   zero 0 all-reduces all gradients over all ranks with the same weights; otherwise those that the zero
+               ranks divide are reduce-scattered, and with replicas the shards all-reduced
     relayout   between neighbours of a stage (``_stream.relayout_steps``); backward takes the way back
 
 A partitioner may spell a reduce-scatter as an all-reduce of the same bytes and a slice (XLA:CPU always does, XLA:GPU
 where it does not recognise the pair), so all-reduce and reduce-scatter are comparable in sum. Not listed: what crosses
 stages, the optimizer's own (the global norm for clipping), and the gather of updated parameters under zero 1 and 2.
+Tied parameters are listed by the strategy of the layer that uses them.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from ..plan import Plan, Strategy, check_plan
-from ..profile import BATCH, Collective, CollectiveKind, LayerKind, ModelProfile, Phase
+from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Phase
 from ._kind import weigh
 from ._stream import relayout_steps, stream_arrays
-from ._work import tensor_collectives
+from ._values import Shares
+from ._weights import Spread
+from ._work import SpreadCollective, data_collectives, inner_collectives, runs_again
 
 Cause = Literal["tensor", "data", "weights", "gradient", "relayout"]
 
@@ -96,39 +101,41 @@ class _PlannedLayer:
                 yield self._planned(step.kind, "relayout", phase, step.ranks, size_bytes / step.parts)
 
     def activations(self, *, merged: bool) -> Iterator[PlannedCollective]:
-        """Yield the collectives of sharding the tensor classes and the batch."""
-        yield from self._of_passes(tensor_collectives(self.kind, self.strategy.sp), "tensor", self.strategy.tp, merged)
-        yield from self._of_passes(self.kind.data, "data", self.strategy.dp, merged)
+        """Yield the collectives of sharding the tensor classes (or the sequence) and the batch."""
+        yield from self._of_passes(inner_collectives(self.kind, self.strategy), "tensor", merged)
+        yield from self._of_passes(data_collectives(self.kind, self.strategy), "data", merged)
 
     def weights(self) -> Iterator[PlannedCollective]:
         """Yield the gathers of parameters and the reductions of their gradients."""
-        dp, zero = self.strategy.dp, self.strategy.zero
-        if dp == 1 or not self.kind.parameters:
+        spread = Spread.of(self.strategy)
+        if spread.ranks == 1 or not self.kind.parameters:
             return
-        weights = weigh(self.kind, self.strategy.tp, dp)
+        ranks, zero = spread.zero_ranks, spread.zero
+        weights = weigh(self.kind, spread.tp, ranks)
         divided, whole = weights.divided.computed, weights.whole.computed
         if zero >= 3 and divided:
-            yield self._planned("all-gather", "weights", "forward", dp, divided)
-            yield self._planned("all-gather", "weights", "backward", dp, divided)
+            yield self._planned("all-gather", "weights", "forward", ranks, divided)
+            yield self._planned("all-gather", "weights", "backward", ranks, divided)
         if zero and divided:
-            yield self._planned("reduce-scatter", "gradient", "backward", dp, divided)
+            yield self._planned("reduce-scatter", "gradient", "backward", ranks, divided)
+        if zero and divided and spread.replicas > 1:
+            yield self._planned("all-reduce", "gradient", "backward", spread.replicas, divided / ranks)
         if rest := whole if zero else divided + whole:
-            yield self._planned("all-reduce", "gradient", "backward", dp, rest)
+            yield self._planned("all-reduce", "gradient", "backward", spread.ranks, rest)
 
     def _of_passes(
-        self, collectives: Iterable[Collective], cause: Cause, group: int, merged: bool
+        self, collectives: Iterable[SpreadCollective], cause: Cause, merged: bool
     ) -> Iterator[PlannedCollective]:
         """Yield predicted collectives, and those of a recomputed forward pass again in backward."""
-        if group == 1:
-            return
-        for collective in collectives:
-            count = collective.merged_count if merged else collective.array.count
+        shares = Shares.of(self.kind, self.strategy, self.microbatch)
+        for spread in collectives:
+            count, collective = spread.number(merged=merged), spread.collective
             if not count:
                 continue
-            one = collective.array.local_bytes(self._sizes(), {BATCH: self.strategy.dp}) / collective.array.count
-            yield self._planned(collective.kind, cause, collective.phase, group, count * one, count)
-            if self.strategy.remat == "full" and collective.recomputed:
-                yield self._planned(collective.kind, cause, "backward", group, count * one, count)
+            size_bytes = count * spread.size_bytes(self.kind, shares)
+            yield self._planned(collective.kind, cause, collective.phase, spread.ranks, size_bytes, count)
+            if runs_again(collective, self.strategy.remat):
+                yield self._planned(collective.kind, cause, "backward", spread.ranks, size_bytes, count)
 
     def _sizes(self) -> dict[str, int]:
         return {**self.kind.classes, BATCH: self.microbatch}

@@ -3,14 +3,19 @@
     stage forward / backward = sum over its layers + changes of layout between neighbours
                                + changes between the wire and its first (forward) and last (backward) layer
     step time                = ``simulate`` of the plan's schedule on the stages' times
-    stage peak               = sum of states + in-flight microbatches * sum of residuals + largest live layer + boundary
-    boundary                 = two messages (one arriving, one leaving) per neighbour, of the size on the wire
+    slice peak               = sum of states + largest sum over its stages of (microbatches in flight * residuals)
+                               + largest live layer + messages
+    messages                 = two (one arriving, one leaving) per neighbour of each stage, of the size on the wire
     MFU                      = model FLOPs / (step time * devices * peak of the compute dtype)
+
+A slice of devices holds one stage, or several under an interleaved schedule; the largest sum is then taken over the
+fullest moments of the schedule (``schedule.in_flight_units``). A message is the stream and the side values that cross
+the boundary (``_side_values``).
 
 Model FLOPs are all forward and backward matrix products of the profile, no recomputation, with causal attention counted
 half (so, for a Llama, 6 per parameter and token plus half of the attention products).
 
-Not priced: side values other than the stream that cross stages (masks, encoder outputs), data loading, checkpoints.
+Not priced: data loading, checkpoints.
 """
 
 from __future__ import annotations
@@ -20,13 +25,21 @@ from typing import NamedTuple
 
 from ..plan import Plan, Prediction, Stage, StagePrediction, Strategy, check_plan
 from ..profile import HardwareProfile, ModelProfile
-from ..schedule import build_schedule, in_flight_microbatches
+from ..schedule import build_schedule, in_flight_units
 from ._compute import CAUSAL_SHARE, matmul_peak
 from ._kind import summarise
 from ._layer import estimate_layer
-from ._memory import stage_memory
+from ._memory import slice_memory
 from ._pipeline import StageTime, simulate
-from ._stream import estimate_relayout, estimate_transfer, stream_arrays, stream_sizes, wire_strategy
+from ._side_values import side_values
+from ._stream import (
+    estimate_relayout,
+    estimate_transfer,
+    message_bytes,
+    stream_arrays,
+    stream_sizes,
+    wire_strategy,
+)
 from ._values import LayerCost, Setting
 
 
@@ -44,27 +57,28 @@ def estimate_plan(plan: Plan, model: ModelProfile, hardware: HardwareProfile) ->
         PlanError: the plan contradicts itself or the model.
     """
     check_plan(plan, model)
+    wires = _wires(plan, model, hardware)
     stages = [_price_stage(plan, s, model, hardware) for s in range(len(plan.stages))]
-    transfers = [_transfer_seconds(plan, s, model, hardware) for s in range(len(plan.stages) - 1)]
-    schedule = build_schedule(plan.schedule, len(plan.stages), plan.microbatches)
-    timeline = simulate(schedule, [stage.time for stage in stages], transfers)
-    slowest = timeline.slowest_stage
-    times = dict(stages[slowest].times)
+    schedule = build_schedule(plan.schedule, plan.slices, plan.microbatches, plan.chunks)
+    timeline = simulate(schedule, [stage.time for stage in stages], [wire.seconds for wire in wires])
+    slowest = stages[timeline.slowest_slice :: plan.slices]
+    times = {name: sum(stage.times[name] for stage in slowest) for name in slowest[0].times}
     times["bubble"] = max(0.0, timeline.step_time_s - sum(times.values())) if len(stages) > 1 else 0.0
     peak_flops_per_s = plan.cluster.devices * matmul_peak(hardware, model.dtype)
+    memory = [_slice_memory(plan, stages, s, wires) for s in range(plan.slices)]
     return Prediction(
         step_time_s=timeline.step_time_s,
         tokens_per_s=plan.global_batch * model.seq / timeline.step_time_s,
         mfu=plan.global_batch * sample_flops(model) / (timeline.step_time_s * peak_flops_per_s),
         times=times,
-        stages=tuple(stage.prediction for stage in stages),
+        stages=tuple(_prediction(stage.time, memory[k % plan.slices]) for k, stage in enumerate(stages)),
     )
 
 
 def stage_times(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> tuple[list[StageTime], list[float]]:
     """Return the times of every stage, and the seconds of a message over every boundary."""
     stages = [_price_stage(plan, s, model, hardware).time for s in range(len(plan.stages))]
-    return stages, [_transfer_seconds(plan, s, model, hardware) for s in range(len(plan.stages) - 1)]
+    return stages, [wire.seconds for wire in _wires(plan, model, hardware)]
 
 
 def sample_flops(model: ModelProfile) -> float:
@@ -93,7 +107,15 @@ class _PricedStage(NamedTuple):
     time: StageTime
     times: dict[str, float]
     """Seconds of the whole step by category, without the bubble."""
-    prediction: StagePrediction
+    layers: list[tuple[LayerCost, int]]
+
+
+class _Wire(NamedTuple):
+    """A message over one stage boundary."""
+
+    seconds: float
+    bytes: float
+    """On one device."""
 
 
 def stage_setting(plan: Plan, stage: Stage, model: ModelProfile, hardware: HardwareProfile) -> Setting:
@@ -106,6 +128,7 @@ def stage_setting(plan: Plan, stage: Stage, model: ModelProfile, hardware: Hardw
         microbatches=plan.microbatches,
         training=plan.training,
         causal_attention=model.causal_attention,
+        slices=plan.slices,
     )
 
 
@@ -119,16 +142,25 @@ def _price_stage(plan: Plan, s: int, model: ModelProfile, hardware: HardwareProf
         backward_s=sum(count * cost.backward_s for cost, count in layers) + relayout_b,
         step_end_s=sum(count * (cost.sync_s + cost.update_s) for cost, count in layers),
     )
-    in_flight = in_flight_microbatches(plan.schedule, s, len(plan.stages), plan.microbatches)
-    memory = stage_memory(layers, in_flight, _boundary(plan, s, model, setting))
-    prediction = StagePrediction(
+    return _PricedStage(time, _step_times(layers, plan.microbatches, relayout_f + relayout_b), layers)
+
+
+def _slice_memory(plan: Plan, stages: Sequence[_PricedStage], s: int, wires: Sequence[_Wire]) -> dict[str, int]:
+    """Bytes by category of slice ``s``, all its stages together."""
+    held = range(s, len(stages), plan.slices)
+    moments = in_flight_units(plan.schedule, s, plan.slices, plan.microbatches, plan.chunks)
+    messages = sum(boundary_bytes(len(stages), k, wires[max(k, 1) - 1].bytes) for k in held) if wires else 0.0
+    return slice_memory([stages[k].layers for k in held], moments, messages)
+
+
+def _prediction(time: StageTime, memory: dict[str, int]) -> StagePrediction:
+    return StagePrediction(
         forward_s=time.forward_s,
         backward_s=time.backward_s,
         step_end_s=time.step_end_s,
         peak_bytes=sum(memory.values()),
         memory=memory,
     )
-    return _PricedStage(time, _step_times(layers, plan.microbatches, relayout_f + relayout_b), prediction)
 
 
 def _step_times(layers: Sequence[tuple[LayerCost, int]], microbatches: int, relayout_s: float) -> dict[str, float]:
@@ -162,17 +194,13 @@ def _changes(plan: Plan, s: int, model: ModelProfile, setting: Setting) -> Itera
         yield plan.stages[s + 1].runs[0].kind, runs[-1].strategy, wire
 
 
-def _transfer_seconds(plan: Plan, s: int, model: ModelProfile, hardware: HardwareProfile) -> float:
-    """Seconds of one microbatch's message between stages ``s`` and ``s + 1``."""
-    setting = stage_setting(plan, plan.stages[s], model, hardware)
-    kind = model.kind(plan.stages[s + 1].runs[0].kind)
-    sizes = stream_sizes(kind, setting)
-    return sum(estimate_transfer(stream, sizes, setting, boundary=s) for stream in stream_arrays(kind))
-
-
-def _boundary(plan: Plan, s: int, model: ModelProfile, setting: Setting) -> float:
-    if len(plan.stages) == 1:
-        return 0.0
-    kind = model.kind(plan.stages[max(s, 1)].runs[0].kind)
-    whole = sum(stream.local_bytes(stream_sizes(kind, setting), {}) for stream in stream_arrays(kind))
-    return boundary_bytes(len(plan.stages), s, whole / setting.stage_devices)
+def _wires(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> list[_Wire]:
+    """The messages between stages ``k`` and ``k + 1``."""
+    sides, position, found = side_values(model), 0, []
+    for k, stage in enumerate(plan.stages[:-1]):
+        position += stage.layer_count
+        setting = stage_setting(plan, stage, model, hardware)
+        kind = model.kind(plan.stages[k + 1].runs[0].kind)
+        size_bytes = message_bytes(kind, position, sides, setting)
+        found.append(_Wire(estimate_transfer(size_bytes, setting, boundary=k), size_bytes))
+    return found

@@ -5,7 +5,7 @@ With m microbatches, from ``plan_collectives`` (one microbatch):
     tensor, data, weights, relayout     m times
     gradient, zero 2 and 3              m times: reduced into the sharded accumulator
     gradient, zero 0 and 1              once, after the last microbatch
-    and under zero 1 and 2              one all-gather of the updated parameters that dp divides, in the storage dtype
+    and under zero 1 and 2              one all-gather of the updated parameters that zero shards, in the storage dtype
 
 Not listed: scalars (the global norm for clipping), messages between stages.
 """
@@ -40,7 +40,7 @@ def _times(item: PlannedCollective, microbatches: int) -> PlannedCollective:
 
 def _updated_parameters(plan: Plan, model: ModelProfile) -> Iterator[PlannedCollective]:
     for position, (name, strategy) in enumerate(plan.layers()):
-        divided = weigh(model.kind(name), strategy.tp, strategy.dp).divided.stored
+        divided = weigh(model.kind(name), strategy.tp, strategy.zero_ranks).divided.stored
         if strategy.zero in (1, 2) and divided:
             yield PlannedCollective(
                 kind="all-gather",
@@ -48,7 +48,7 @@ def _updated_parameters(plan: Plan, model: ModelProfile) -> Iterator[PlannedColl
                 phase="forward",  # of the next step: nothing but the update comes between
                 layer=position,
                 layer_kind=name,
-                group=strategy.dp,
+                group=strategy.zero_ranks,
                 count=1,
                 bytes=divided,
             )

@@ -1,8 +1,10 @@
 """Moving the stream (the value that flows from layer to layer): between layouts in a stage, and between stages.
 
-A layout is (tp, sequence-sharded?) on D devices: batch over the dp = D / tp leading ranks, replicated over the tp
-trailing ones or, with sequence parallelism, sequence over them. Strategies nest, so a change is free (each device keeps
-a part of what it has) or a few collectives. With n bytes of the whole stream, r = the larger tp over the smaller:
+A layout is (t, sequence-sharded?) on D devices: batch over the dp = D / t leading ranks, replicated over the t trailing
+ones or sequence over them. Tensor parallelism has t = tp, and the sequence sharded with sp; Ulysses has t = ulysses and
+the sequence sharded always: the same layout as that of sp. Strategies nest, so a change is free (each device keeps a
+part of what it has) or a few collectives. With n bytes of the whole stream, r = the larger t over the smaller, and tp,
+sp standing for t and the sequence:
 
     tp grows,   after replicated    all-gather n / dp_after over the r ranks that join; sp before: first n / dp_before
                                     over tp_before
@@ -21,8 +23,8 @@ programs that XLA:GPU and XLA:CPU make of each of these changes on 8 devices (te
 Backward, the cotangent takes the way back, so it costs what the reverse change costs forward.
 
 Between stages each device sends n / D bytes to its partner, D devices at once ("the wire": batch over all devices of
-the stage, the layout of tp = 1). The stages' own ends then change layout between the wire and their first or last
-strategy.
+the stage, the layout of tp = 1), and so the side values that cross (``_side_values``). The stages' own ends then change
+layout between the wire and their first or last strategy.
 """
 
 from __future__ import annotations
@@ -34,7 +36,23 @@ from typing import NamedTuple
 from ..plan import Strategy
 from ..profile import BATCH, Array, CollectiveKind, LayerKind
 from ._collectives import collective_seconds, device_group, message_seconds
+from ._side_values import SideValue
 from ._values import Setting
+
+
+class StreamLayout(NamedTuple):
+    """Where the stream lies between two layers: neighbours that agree exchange nothing."""
+
+    inner: int
+    """Trailing ranks that share one sample: tp or ulysses."""
+    sequence: bool
+    """They hold parts of the sequence; otherwise copies."""
+    dp: int
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> StreamLayout:
+        """Return the layout of the stream that a layer under ``strategy`` reads and leaves."""
+        return cls(strategy.inner, strategy.sp or strategy.ulysses > 1, strategy.dp)
 
 
 class RelayoutStep(NamedTuple):
@@ -85,18 +103,36 @@ def estimate_relayout(
     )
 
 
-def estimate_transfer(stream: Array, sizes: Mapping[str, int], setting: Setting, *, boundary: int) -> float:
-    """Return the seconds to send one microbatch's stream (or its cotangent) over one stage boundary.
+def message_bytes(kind: LayerKind, position: int, sides: Iterable[SideValue], setting: Setting) -> float:
+    """Return the bytes that one device sends for one microbatch (or its cotangent) over a stage boundary.
 
     Args:
-        stream: The stream, whole.
-        sizes: Class sizes of one microbatch.
+        kind: The kind of the layer behind the boundary, which takes the stream.
+        position: That layer's position in the model, from 0.
+        sides: The model's side values.
         setting: Stage and hardware.
-        boundary: ``s`` for the boundary between stages ``s`` and ``s + 1``: it decides which link is crossed.
     """
-    leaves_node = (boundary + 1) * setting.stage_devices % setting.cluster.gpus_per_node == 0
-    link = setting.hardware.inter_node if leaves_node else setting.hardware.intra_node
-    return message_seconds(stream.local_bytes(sizes, {}) / setting.stage_devices, link)
+    sizes = stream_sizes(kind, setting)
+    crossing = [side for side in sides if side.first < position <= side.last]
+    whole = sum(array.local_bytes(sizes, {}) for array in stream_arrays(kind))
+    whole += sum(
+        side.copies * side.array.local_bytes({**side.sizes, BATCH: setting.microbatch}, {}) for side in crossing
+    )
+    return whole / setting.stage_devices
+
+
+def estimate_transfer(size_bytes: float, setting: Setting, *, boundary: int) -> float:
+    """Return the seconds to send ``size_bytes`` from each device of a stage over one stage boundary.
+
+    Args:
+        size_bytes: See ``message_bytes``.
+        setting: Stage and hardware.
+        boundary: ``k`` for the boundary between stages ``k`` and ``k + 1``: it decides which link is crossed (from the
+            last slice back to the first: that between nodes, where there are several).
+    """
+    cluster, after = setting.cluster, (boundary + 1) * setting.stage_devices % setting.cluster.devices
+    leaves_node = cluster.nodes > 1 and after % cluster.gpus_per_node == 0
+    return message_seconds(size_bytes, setting.hardware.inter_node if leaves_node else setting.hardware.intra_node)
 
 
 def relayout_steps(before: Strategy, after: Strategy) -> tuple[RelayoutStep, ...]:
@@ -106,34 +142,40 @@ def relayout_steps(before: Strategy, after: Strategy) -> tuple[RelayoutStep, ...
         before: Strategy of the layer that makes it.
         after: Strategy of the layer that takes it, on the same devices.
     """
-    if (before.tp, before.sp) == (after.tp, after.sp):
+    return layout_steps(StreamLayout.of(before), StreamLayout.of(after))
+
+
+def layout_steps(before: StreamLayout, after: StreamLayout) -> tuple[RelayoutStep, ...]:
+    """Return the collectives between two layouts on the same devices."""
+    if before == after:
         return ()
-    if before.tp == after.tp:
-        return (_gather(before, before.tp, 1),) if before.sp else ()
-    if after.tp % before.tp == 0:
-        if after.sp:
+    if before.inner == after.inner:
+        return (_gather(before, before.inner, 1),) if before.sequence else ()
+    if after.inner % before.inner == 0:
+        if after.sequence:
             return _exchange(before, after)
-        joining = _gather(after, after.tp // before.tp, before.tp)
-        return (_gather(before, before.tp, 1), joining) if before.sp else (joining,)
-    if before.tp % after.tp == 0:
-        if not before.sp:
+        joining = _gather(after, after.inner // before.inner, before.inner)
+        return (_gather(before, before.inner, 1), joining) if before.sequence else (joining,)
+    if before.inner % after.inner == 0:
+        if not before.sequence:
             return ()
-        gather = () if after.sp or after.tp == 1 else (_gather(after, after.tp, 1),)
+        gather = () if after.sequence or after.inner == 1 else (_gather(after, after.inner, 1),)
         return _exchange(after, before) + gather
-    common = math.lcm(before.tp, after.tp)
-    return relayout_steps(before, Strategy(tp=common, dp=before.tp * before.dp // common))
+    common = math.lcm(before.inner, after.inner)
+    return layout_steps(before, StreamLayout(common, False, before.inner * before.dp // common))
 
 
-def _gather(layout: Strategy, ranks: int, stride: int) -> RelayoutStep:
+def _gather(layout: StreamLayout, ranks: int, stride: int) -> RelayoutStep:
     """Gather to the batch share of ``layout``."""
     return RelayoutStep("all-gather", layout.dp, ranks, stride)
 
 
-def _exchange(narrow: Strategy, wide: Strategy) -> tuple[RelayoutStep, ...]:
+def _exchange(narrow: StreamLayout, wide: StreamLayout) -> tuple[RelayoutStep, ...]:
     """Swap batch and sequence over the ranks between two degrees."""
-    devices = wide.tp * wide.dp
-    swap = RelayoutStep("all-to-all", devices, wide.tp // narrow.tp, narrow.tp)
-    return (swap, RelayoutStep("collective-permute", devices, wide.tp, 1)) if narrow.tp > 1 else (swap,)
+    devices = wide.inner * wide.dp
+    swap = RelayoutStep("all-to-all", devices, wide.inner // narrow.inner, narrow.inner)
+    permute = RelayoutStep("collective-permute", devices, wide.inner, 1)
+    return (swap, permute) if narrow.inner > 1 else (swap,)
 
 
 def _seconds(size_bytes: float, steps: Iterable[RelayoutStep], setting: Setting) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..cluster import Cluster
 from ..plan import Strategy, Training
-from ..profile import HardwareProfile
+from ..profile import HardwareProfile, LayerKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +26,8 @@ class Setting:
     """Microbatches per step; above 1 gradients are accumulated."""
     training: Training
     causal_attention: bool
+    slices: int = 1
+    """Slices of the device list; with one, every layer stands on the stage that holds its tied parameters."""
 
     @property
     def gpus_per_node(self) -> int:
@@ -55,18 +59,42 @@ class LayerCost:
     """All bytes by category: parameters, gradients, optimizer (the state), residuals, live."""
 
 
+class Carried(NamedTuple):
+    """Which dimensions of an array some strategy may shard over the trailing mesh axes."""
+
+    tensor: tuple[str, ...]
+    """Classes of the kind's best candidate, and those that they spill into."""
+    sequence: bool
+    """``seq``."""
+    heads: bool
+    """Heads of activations, which Ulysses shards inside attention."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How a strategy divides one microbatch: what every array size is multiplied by."""
+    """How a strategy divides one microbatch of a layer kind: what every array size is multiplied by."""
 
     microbatch: int
     dp: int
-    tensor: float
-    """Share of an array that carries a tensor-parallel class: 1 / tp."""
-    sequence: float
-    """Share of an array of the stream: 1 / tp with sequence parallelism, else 1."""
+    tp: int = 1
+    sp: bool = False
+    ulysses: int = 1
+    shards: Mapping[str, int] = field(default_factory=dict)
+    """Tensor shards of each class that has several."""
 
     @classmethod
-    def of(cls, strategy: Strategy, microbatch: int) -> Shares:
+    def of(cls, kind: LayerKind, strategy: Strategy, microbatch: int) -> Shares:
         """Return the shares of ``strategy`` for ``microbatch`` samples over all its devices."""
-        return cls(microbatch, strategy.dp, 1 / strategy.tp, 1 / strategy.tp if strategy.sp else 1.0)
+        candidate = kind.best_candidate
+        shards = candidate.shards(strategy.tp, kind.classes) if candidate and strategy.tp > 1 else {}
+        return cls(microbatch, strategy.dp, strategy.tp, strategy.sp, strategy.ulysses, shards)
+
+    def share(self, carried: Carried) -> float:
+        """Return the share of an array that one device holds, batch apart (a mesh axis shards one dimension only)."""
+        if self.tp > 1 and carried.tensor:
+            return 1 / min(self.tp, math.prod(self.shards.get(name, 1) for name in carried.tensor))
+        if carried.sequence and self.sp:
+            return 1 / self.tp
+        if carried.sequence or carried.heads:
+            return 1 / self.ulysses
+        return 1.0

@@ -1,4 +1,6 @@
-"""Strategies for the layers of one stage, exactly: the best one for a linear objective, or all that may matter.
+"""Strategies for the layers of one slice of devices, exactly: the best ones for a linear objective, or all of use.
+
+A slice with several stages is ``_shared``'s. With one:
 
     minimise    a * forward + b * backward + c * step_end                       (``Weights``; relayouts included)
     subject to  sum of states + in-flight microbatches * sum of residuals + largest live layer + buffers <= capacity
@@ -21,53 +23,63 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ._dominance import undominated
 from ._knapsack import Floats
-from ._pricing import Prices, undominated
-from ._stage import ROUNDING, Board, Case, Span, StageChoice, Weights
+from ._pricing import Prices
+from ._shared import SharedSlice
+from ._stage import ROUNDING, Board, Case, SliceChoice, SliceWeights, Span, StageChoice, Weights
 
 
 @dataclass(slots=True)
 class Assigner:
-    """Solves stages at one set of prices, and remembers what it solved."""
+    """Solves slices at one set of prices, and remembers what it solved."""
 
     prices: Prices
     capacity_bytes: float
     poll: Callable[[], None] = lambda: None
     """Called before every knapsack; may raise to stop the search."""
-    _boards: dict[tuple[Weights, int, bool], Board] = field(default_factory=dict)
-    _solved: dict[tuple[Span, Weights], StageChoice | None] = field(default_factory=dict)
+    _boards: dict[tuple[Weights, int, str], Board] = field(default_factory=dict)
+    _slices: dict[Span, SharedSlice] = field(default_factory=dict)
+    _solved: dict[tuple[Span, SliceWeights], SliceChoice | None] = field(default_factory=dict)
 
-    def cheapest(self, span: Span, weights: Weights) -> StageChoice | None:
+    def cheapest(self, span: Span, weights: SliceWeights) -> SliceChoice | None:
         """Return the best strategies for ``weights``; None when nothing fits."""
         key = (span, weights)
         if key not in self._solved:
-            self._solved[key] = self._cheapest(span, weights)
+            shared = len(weights) > 1
+            self._solved[key] = self._shared(span).cheapest(weights) if shared else self._cheapest(span, weights[0])
         return self._solved[key]
 
-    def within(self, span: Span, weights: Weights, limit: float) -> list[StageChoice]:
-        """Return all choices that cost at most ``limit`` and that no other one beats or equals in all three times."""
-        found = []
-        for threshold, bound in self._thresholds(span, weights, exhaustive=True):
+    def within(self, span: Span, weights: SliceWeights, limit: float) -> list[SliceChoice]:
+        """Return all choices that cost at most ``limit`` and that no other one beats or equals in all times."""
+        if len(weights) > 1:
+            return self._shared(span).within(weights, limit)
+        found: list[StageChoice] = []
+        for threshold, bound in self._thresholds(span, weights[0], exhaustive=True):
             if bound <= limit * (1 + ROUNDING):
-                case = self._case(span, weights, threshold, exhaustive=True)
+                case = self._case(span, weights[0], threshold, exhaustive=True)
                 found += case.all(limit) if case is not None else []
         times = np.array([(c.forward_s, c.backward_s, c.step_end_s) for c in found]).reshape(-1, 3)
-        keep = undominated(times, np.zeros(len(found), np.int64))
-        return [choice for choice, kept in zip(found, keep, strict=True) if kept]
+        return [SliceChoice((choice,)) for choice, kept in zip(found, undominated(times), strict=True) if kept]
 
     def bounds(self, weights: Weights, in_flight: int, counts_SK: Floats, buffer_bytes: float) -> Floats:
         """Return lower bounds on the cost of stages, one per row of layer counts by kind; infinite: nothing fits."""
         relaxation = self.board(weights, in_flight).relaxation
         return np.asarray(relaxation.bounds(counts_SK, self.capacity_bytes - buffer_bytes))
 
-    def board(self, weights: Weights, in_flight: int, *, exhaustive: bool = False) -> Board:
+    def board(self, weights: Weights, in_flight: int, *, keeps: str = "best") -> Board:
         """Return the options under one objective."""
-        key = (weights, in_flight, exhaustive)
+        key = (weights, in_flight, keeps)
         if key not in self._boards:
-            self._boards[key] = Board.make(self.prices, weights, in_flight, exhaustive=exhaustive, poll=self.poll)
+            self._boards[key] = Board.make(self.prices, weights, in_flight, keeps=keeps, poll=self.poll)
         return self._boards[key]
 
-    def _cheapest(self, span: Span, weights: Weights) -> StageChoice | None:
+    def _shared(self, span: Span) -> SharedSlice:
+        if span not in self._slices:
+            self._slices[span] = SharedSlice(self.prices, span, self.capacity_bytes, self.poll)
+        return self._slices[span]
+
+    def _cheapest(self, span: Span, weights: Weights) -> SliceChoice | None:
         """Take the cases best first: by a coarse bound, then by their own, then solve them."""
         best, limit = None, np.inf
         heap: list[tuple[float, float, Case | None]] = [
@@ -82,18 +94,23 @@ class Assigner:
                 continue
             found = case.best(limit)
             if found is not None and found.cost(weights) < limit:
-                best, limit = found, found.cost(weights)
+                best, limit = SliceChoice((found,)), found.cost(weights)
         return best
 
     def _thresholds(self, span: Span, weights: Weights, *, exhaustive: bool) -> list[tuple[float, float]]:
         """(threshold, bound) for each value that the largest live layer can have, the lowest bound first."""
-        board = self.board(weights, span.in_flight, exhaustive=exhaustive)
-        thresholds = sorted({live for kind, _ in span.runs for live in board.live[kind].tolist()})
-        room = self.capacity_bytes - span.buffer_bytes
-        bounds = board.relaxation.bounds_at(board.counts(span.runs), room, np.array(thresholds))
+        board, section = self._board(span, weights, exhaustive), span.sections[0]
+        thresholds = sorted({live for kind, _ in section.runs for live in board.live[kind].tolist()})
+        bounds = board.relaxation.bounds_at(board.counts(section.runs), self._room(span), np.array(thresholds))
         pairs = zip(thresholds, bounds.tolist(), strict=True)
         return sorted((pair for pair in pairs if pair[1] < np.inf), key=lambda pair: (pair[1], pair[0]))
 
     def _case(self, span: Span, weights: Weights, threshold: float, *, exhaustive: bool) -> Case | None:
-        board = self.board(weights, span.in_flight, exhaustive=exhaustive)
-        return Case.make(board, span, threshold, self.capacity_bytes - span.buffer_bytes - threshold)
+        board = self._board(span, weights, exhaustive)
+        return Case.make(board, span.sections[0], threshold, self._room(span) - threshold)
+
+    def _board(self, span: Span, weights: Weights, exhaustive: bool) -> Board:
+        return self.board(weights, span.moments[0][0], keeps="all" if exhaustive else "best")
+
+    def _room(self, span: Span) -> float:
+        return self.capacity_bytes - span.buffer_bytes

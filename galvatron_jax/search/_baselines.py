@@ -12,15 +12,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..plan import Plan, Strategy
+from ..plan import Plan, ScheduleName, Strategy
 from ..schedule import in_flight_microbatches
 from ._engine import Candidate, Engine
 from ._knapsack import Floats
-from ._pipeline import SCHEDULE
 from ._plan_building import peak_bytes, priced_plan
 from ._pricing import Prices, message_buffers
 from ._space import layout_of
 from ._stage import ROUNDING
+
+SCHEDULE: ScheduleName = "1f1b"
+"""What pipelined baselines run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +71,17 @@ def price_baselines(engine: Engine) -> tuple[Baseline, ...]:
 
 
 def _families(engine: Engine) -> tuple[_Family, ...]:
-    node = engine.problem.cluster.gpus_per_node
+    nodes, node = engine.problem.cluster.nodes, engine.problem.cluster.gpus_per_node
     return (
-        _Family("dp", "data parallel", False, lambda s: s.tp == 1 and s.zero == 0 and s.remat == "none"),
-        _Family("fsdp", "zero 3", False, lambda s: s.tp == 1 and s.zero == 3 and s.remat == "none"),
-        _Family("fsdp + remat", "zero 3, full remat", False, lambda s: s.tp == 1 and s.zero == 3 and s.remat == "full"),
+        _Family("dp", "data parallel", False, lambda s: s.inner == 1 and s.zero == 0 and s.remat == "none"),
+        _Family("fsdp", "zero 3", False, lambda s: _sharded(s, 1) and s.remat == "none"),
+        _Family("fsdp + remat", "zero 3, full remat", False, lambda s: _sharded(s, 1) and s.remat == "full"),
+        _Family(
+            "hsdp",
+            "zero 3 inside a node, copies across nodes",
+            False,
+            lambda s: nodes > 1 and _sharded(s, nodes) and s.remat == "none",
+        ),
         _Family(
             "tp x dp",
             f"tp {node} with sp inside the node, data parallel across",
@@ -84,17 +92,22 @@ def _families(engine: Engine) -> tuple[_Family, ...]:
             "megatron 3d",
             "best pp x tp x dp, zero 1, even stages",
             True,
-            lambda s: s.sp == (s.tp > 1) and s.zero == (s.dp > 1),
+            lambda s: s.ulysses == s.replicas == 1 and s.sp == (s.tp > 1) and s.zero == (s.dp > 1),
         ),
         _Family("best uniform", "best single strategy for all layers", False, lambda s: True),
     )
+
+
+def _sharded(strategy: Strategy, replicas: int) -> bool:
+    """Zero 3 without anything else, in so many copies."""
+    return strategy.inner == 1 and strategy.zero == 3 and strategy.replicas == replicas
 
 
 def _price(engine: Engine, family: _Family) -> Baseline:
     """Take candidates in the order of their rough bound until none can beat the best member found."""
     best: tuple[float, Plan] | None = None
     smallest: _Uniform | None = None
-    candidates = [c for c in engine.candidates() if c.stages == 1 or family.pipelined]
+    candidates = [c for c in engine.candidates() if c.slices == 1 or (family.pipelined and c.schedule == SCHEDULE)]
     for candidate in sorted(candidates, key=lambda c: (engine.rough_bound_s(c) / c.global_batch, c)):
         limit = best[0] if best else np.inf
         if engine.rough_bound_s(candidate) / candidate.global_batch >= limit:
@@ -114,13 +127,13 @@ def _price(engine: Engine, family: _Family) -> Baseline:
 
 def _members(engine: Engine, family: _Family, candidate: Candidate) -> Iterator[_Uniform]:
     """Yield the family's plans of one candidate that are legal for all layers."""
-    prices, cuts = engine.prices_of(candidate), _even_cuts(engine, candidate.stages)
+    prices, cuts = engine.prices_of(candidate), _even_cuts(engine, candidate.slices)
     if prices is None or cuts is None:
         return
     kinds = [prices.kinds[kind] for kind in dict.fromkeys(prices.order.tolist())]
     for strategy in kinds[0].every:
         if family.member(strategy) and all(strategy in kind.every for kind in kinds):
-            stages = [_stage(prices, candidate, s, cuts, strategy) for s in range(candidate.stages)]
+            stages = [_stage(prices, candidate, s, cuts, strategy) for s in range(candidate.slices)]
             bound_s = _bound_s(stages, prices, candidate, cuts)
             yield _Uniform(bound_s, max(float(stage[3]) for stage in stages), candidate, cuts, strategy)
 
@@ -145,11 +158,11 @@ def _stage(prices: Prices, candidate: Candidate, s: int, cuts: tuple[int, ...], 
     if s > 0:
         there, back = prices.relayouts[layers[0]].from_wire_s
         forward, backward = forward + there[layout], backward + back[layout]
-    if s < candidate.stages - 1:
+    if s < candidate.slices - 1:
         there, back = prices.relayouts[prices.order[cuts[s + 1]]].to_wire_s
         forward, backward = forward + there[layout], backward + back[layout]
-    in_flight = in_flight_microbatches(SCHEDULE, s, candidate.stages, candidate.microbatches)
-    buffers = message_buffers(prices, candidate.stages, s, (cuts[s], cuts[s + 1]))
+    in_flight = in_flight_microbatches(SCHEDULE, s, candidate.slices, candidate.microbatches)
+    buffers = message_buffers(prices, candidate.slices, s, (cuts[s], cuts[s + 1]))
     return np.array([forward, backward, step_end, state + in_flight * residual + rows[:, 5].max() + buffers])
 
 
@@ -159,7 +172,7 @@ def _bound_s(stages: list[Floats], prices: Prices, candidate: Candidate, cuts: t
     for s, (forward, backward, _, _) in enumerate(stages):
         bound = max(bound, before + candidate.microbatches * float(forward + backward))
         if s < len(stages) - 1:
-            before += float(forward + backward) + 2 * float(prices.relayouts[prices.order[cuts[s + 1]]].transfer_s[s])
+            before += float(forward + backward) + 2 * float(prices.transfer_BJ[s, cuts[s + 1]])
     return bound + float(stages[0][2])
 
 
@@ -167,6 +180,6 @@ def _plan(engine: Engine, uniform: _Uniform) -> Plan:
     kinds = [run.kind for run in engine.problem.model.layers for _ in range(run.count)]
     stages = tuple(
         tuple((kind, uniform.strategy, 1) for kind in kinds[uniform.cuts[s] : uniform.cuts[s + 1]])
-        for s in range(uniform.candidate.stages)
+        for s in range(uniform.candidate.slices)
     )
-    return priced_plan(engine.problem, uniform.candidate.global_batch, uniform.candidate.microbatches, stages)
+    return priced_plan(engine.problem, uniform.candidate, stages)

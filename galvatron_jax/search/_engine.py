@@ -1,14 +1,20 @@
-"""The outer loop: every global batch, microbatch count and stage count, best first, until nothing can be better.
+"""The outer loop: every batch, microbatch count, stage count and schedule, best first, until nothing can be better.
 
-Objective: seconds per sample, ``step time / global batch``; of equals fewer stages, then the smaller batch.
+Objective: seconds per sample, ``step time / global batch``; of equals fewer device slices, then the smaller batch, the
+fewer microbatches, 1f1b before gpipe before interleaved, the fewer chunks.
 
-A candidate (batch B, microbatches m, stages P) passes through two bounds before it is solved:
+A candidate (batch B, microbatches m, S slices, schedule, v chunks) passes through three bounds before it is solved. Let
+``G`` be the least seconds of one microbatch's passes through the whole model, on the devices of one slice. Slices that
+take ``g_1 ... g_S`` of it, with one stage each, take at least ``max over s of (m g_s + g_1 + ... + g_(s-1))``, which is
+least when all these are equal: ``G / (1 - (1 - 1/m)^S)``. With several stages each, that begin at the layers ``c``
+(``_space.even_cuts``), the mean over s of the same is at least ``(m G + sum over 0 < r < S of G_(c_r)) / S``, with
+``G_n`` of the first ``n`` layers.
 
-1. **rough**, without pricing anything: the pipeline has ``G`` seconds of matrix products per microbatch, at best
-   ``G = B / m * FLOP per sample / (devices per stage * highest rate)``. Stages ``g_1 ... g_P`` with sum ``G`` take at
-   least ``max over s of (m g_s + g_1 + ... + g_(s-1))``, which is least when all these are equal: ``G / (1 - (1 -
-   1/m)^P)``.
-2. **relaxed**: ``Pipeline.bound_s``, with layers in fractions and layouts for free.
+1. **rough**, without pricing anything: ``G`` counts products at the best efficiency of their kind, memory-bound traffic
+   at the full bandwidth, all divided by the slice's devices;
+2. **whole**: ``G`` is the Lagrangian bound of all layers together, with layers in fractions, layouts for free and the
+   memory of all slices in one;
+3. **relaxed**: ``Pipeline.bound_s``, which knows boundaries and each slice's memory.
 
 The candidate with the lowest bound is taken next, so when the lowest bound left is not below the best solution, that
 solution is the optimum of the whole space: the certificate. When a time limit or a signal stops the search, the
@@ -24,21 +30,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-from ..cost import sample_flops
+from ..plan import ScheduleName
 from ._assignment import Assigner
+from ._bounds import whole_seconds
 from ._partition import Solution
 from ._pipeline import Pipeline
 from ._pricing import PriceList, Prices, Problem
-from ._space import microbatch_counts, stage_counts
+from ._space import Shape, even_cuts, microbatch_counts, shapes, stage_counts
 from ._stage import ROUNDING
 
 
 class Candidate(NamedTuple):
     """What the outer loop chooses; ordered as ties are broken."""
 
-    stages: int
+    slices: int
     global_batch: int
     microbatches: int
+    schedule: ScheduleName
+    chunks: int
+
+    @property
+    def shape(self) -> Shape:
+        """How its pipeline runs."""
+        return Shape(self.slices, self.schedule, self.chunks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +74,8 @@ class Outcome:
 
 LAST_EFFORT_S = 1.0
 
-_Entry: TypeAlias = tuple[float, Candidate, Pipeline | None]
-"""(bound in seconds per sample, candidate, its relaxed bounds once they are made)."""
+_Entry: TypeAlias = tuple[float, Candidate, bool, Pipeline | None]
+"""(bound in seconds per sample, candidate, whether its whole bound is in, its relaxed bounds once they are made)."""
 
 
 class Stop(Exception):
@@ -80,6 +94,7 @@ class Engine:
     """Only plans faster than this are looked for: without one, the space holds none."""
     prices: PriceList = field(init=False)
     _assigners: dict[int, Assigner] = field(default_factory=dict)
+    _cuts: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     _best: tuple[float, Candidate, Solution] | None = None
     _solved: int = 0
     _last_call_s: float | None = None
@@ -92,10 +107,10 @@ class Engine:
     def run(self) -> Outcome:
         """Search the whole space."""
         every = self.candidates()
-        heap: list[_Entry] = [(self.rough_bound_s(c) / c.global_batch, c, None) for c in every]
-        heapq.heapify(heap)
+        heap: list[_Entry] = [(self.rough_bound_s(c) / c.global_batch, c, False, None) for c in every]
         stopped = False
         try:
+            self._first_plan(heap)
             while heap and heap[0][0] < self._limit(1) * (1 - ROUNDING):
                 self._ask()
                 self._advance(heap)
@@ -116,41 +131,77 @@ class Engine:
 
     def candidates(self) -> list[Candidate]:
         """Return all candidates of the space."""
+        limits, layers = self.problem.limits, self.problem.model.layer_count
         return [
-            Candidate(stages, batch, microbatches)
+            Candidate(slices, batch, microbatches, schedule, chunks)
             for batch in sorted(set(self.global_batches))
-            for stages in stage_counts(self.problem.cluster, self.problem.model, self.problem.limits)
-            for microbatches in microbatch_counts(batch, self.problem.limits)
+            for slices in stage_counts(self.problem.cluster, self.problem.model, limits)
+            for microbatches in microbatch_counts(batch, limits)
+            for _, schedule, chunks in shapes(slices, microbatches, layers, limits)
         ]
 
     def prices_of(self, candidate: Candidate) -> Prices | None:
         """Return the prices of a candidate; None when some layer has no legal strategy."""
         microbatch = candidate.global_batch // candidate.microbatches
-        return self.prices.at(candidate.stages, microbatch, candidate.microbatches)
+        return self.prices.at(candidate.slices, microbatch, candidate.microbatches)
 
     def rough_bound_s(self, candidate: Candidate) -> float:
-        """Return a lower bound on the step time by the matrix products alone."""
-        hardware, model, m = self.problem.hardware, self.problem.model, candidate.microbatches
-        dtypes = {dot.dtype for kind in model.kinds for dot in kind.dots}
-        rate = max((hardware.matmul_flops_per_s.get(dtype, float("inf")) for dtype in dtypes), default=float("inf"))
-        shares = [point.efficiency for point in hardware.matmul_efficiency] + [*hardware.attention_efficiency.values()]
-        devices = self.problem.cluster.devices // candidate.stages
-        work = candidate.global_batch / m * sample_flops(model) / (devices * rate * max(shares))
-        return float(work / (1 - (1 - 1 / m) ** candidate.stages))
+        """Return a lower bound on the step time by products and traffic alone."""
+        samples = candidate.global_batch / candidate.microbatches
+        devices = self.problem.cluster.devices // candidate.slices
+        return self._filled(candidate, [samples / devices * seconds for seconds in self.prices.least_seconds])
+
+    def whole_bound_s(self, candidate: Candidate) -> float:
+        """Return a lower bound on the step time by the prices of all layers together; infinite: nothing is legal."""
+        prices = self.prices_of(candidate)
+        if prices is None:
+            return float("inf")
+        least = whole_seconds(prices, self._assigner(prices), candidate.shape, candidate.microbatches)
+        return self._filled(candidate, least)
+
+    def _filled(self, candidate: Candidate, least: Sequence[float]) -> float:
+        """Step time by the least seconds of one microbatch through the first ``n`` layers (at index ``n``)."""
+        m, slices, total = candidate.microbatches, candidate.slices, least[-1]
+        if candidate.chunks == 1:
+            return total / (1 - (1 - 1 / m) ** slices)
+        every = self._even_cuts(candidate.shape.stages)
+        fill = min((sum(least[at] for at in cuts[1:slices]) for cuts in every), default=float("inf"))
+        return (m * total + fill) / slices
+
+    def _even_cuts(self, stages: int) -> tuple[tuple[int, ...], ...]:
+        if stages not in self._cuts:
+            self._cuts[stages] = even_cuts(stages, self.prices.least_seconds)
+        return self._cuts[stages]
+
+    def _first_plan(self, heap: list[_Entry]) -> None:
+        """Solve candidates without a pipeline until one fits: quick work, and the bounds need a plan to beat."""
+        single = [entry for entry in heap if entry[1].slices == 1]
+        rest = [entry for entry in heap if entry[1].slices > 1]
+        heapq.heapify(single)
+        try:
+            while single and self._best is None:
+                self._ask()
+                self._advance(single)
+        finally:
+            heap[:] = single + rest
+            heapq.heapify(heap)
 
     def _advance(self, heap: list[_Entry]) -> None:
         """Bound the first candidate better, or solve it."""
-        bound, candidate, pipeline = heap[0]
+        bound, candidate, priced, pipeline = heap[0]
         if pipeline is None:
             heapq.heappop(heap)
+            if not priced:
+                better = max(bound, self.whole_bound_s(candidate) / candidate.global_batch)
+                if better * candidate.global_batch < self._limit(candidate.global_batch):
+                    heapq.heappush(heap, (better, candidate, True, None))
+                return
             pipeline = self._refine(candidate)
             if pipeline is None:
                 return
-            heapq.heappush(heap, (max(bound, pipeline.bound_s / candidate.global_batch), candidate, pipeline))
-            if self._best is not None:
-                return
-            # the first candidate that fits is solved at once: a search that is stopped early should have some plan
-        entry = next(entry for entry in heap if entry[2] is pipeline)
+            heapq.heappush(heap, (max(bound, pipeline.bound_s / candidate.global_batch), candidate, True, pipeline))
+            return
+        entry = next(entry for entry in heap if entry[3] is pipeline)
         found = pipeline.solve(self._limit(candidate.global_batch))
         heap.remove(entry)  # not before: until its proof is complete its bound is part of what is proven
         heapq.heapify(heap)
@@ -161,9 +212,9 @@ class Engine:
     def _last_effort(self, heap: list[_Entry]) -> None:
         """After a stop: solve the most promising candidate of one stage, mostly some milliseconds, never long."""
         self._last_call_s = time.monotonic() + LAST_EFFORT_S
-        single = [entry for entry in heap if entry[2] is not None and entry[1].stages == 1]
+        single = [entry for entry in heap if entry[3] is not None and entry[1].slices == 1]
         with contextlib.suppress(Stop):
-            for _, candidate, pipeline in sorted(single, key=lambda entry: entry[:2])[:1]:
+            for _, candidate, _, pipeline in sorted(single, key=lambda entry: entry[:2])[:1]:
                 found = pipeline.solve(self._limit(candidate.global_batch)) if pipeline else None
                 if found is not None:
                     self._keep(candidate, found)
@@ -173,15 +224,17 @@ class Engine:
         prices = self.prices_of(candidate)
         if prices is None:
             return None
-        assigner = self._assigners.setdefault(id(prices), Assigner(prices, self.problem.budget_bytes, self._ask))
         pipeline = Pipeline(
             prices,
-            assigner,
-            candidate.stages,
+            self._assigner(prices),
+            candidate.shape,
             candidate.microbatches,
             lambda solution: self._report(candidate, solution),
         )
         return pipeline if pipeline.bound_s < self._limit(candidate.global_batch) else None
+
+    def _assigner(self, prices: Prices) -> Assigner:
+        return self._assigners.setdefault(id(prices), Assigner(prices, self.problem.budget_bytes, self._ask))
 
     def _report(self, candidate: Candidate, solution: Solution | None) -> None:
         """Keep what a pipeline has so far, so that a search that is stopped has it; then ask whether to go on."""

@@ -16,14 +16,16 @@ import numpy as np
 
 from ..cluster import Cluster
 from ..errors import GalvatronError, InfeasibleError
-from ..schedule import in_flight_microbatches
+from ..schedule import ScheduleName, in_flight_microbatches
 from ..units import format_gib
 from ._engine import Candidate, Engine
 from ._knapsack import Floats
-from ._pipeline import SCHEDULE
 from ._pricing import Prices, Problem, message_buffers
+from ._relaxation import weighted_sum
 from ._space import Limits
 
+SCHEDULE: ScheduleName = "1f1b"
+"""No schedule holds less: gpipe holds all microbatches, interleaving fills more of them before the first backward."""
 CHANGES = 3
 MAX_MORE_GPUS = 64
 """Clusters up to so many times the size are tried."""
@@ -58,7 +60,7 @@ def explain_infeasible(engine: Engine) -> InfeasibleError:
             action=_changes_text(list(_legal_changes(engine)))
             or "allow other microbatch counts, tensor degrees or stages",
         )
-    batch, microbatches, stages = miss.candidate.global_batch, miss.candidate.microbatches, miss.candidate.stages
+    batch, microbatches, stages = miss.candidate.global_batch, miss.candidate.microbatches, miss.candidate.slices
     where = f" on stage {miss.stage + 1} of {stages}" if stages > 1 else ""
     changes = itertools.islice(
         itertools.chain(
@@ -93,14 +95,15 @@ def _nearest_miss(engine: Engine) -> _Miss | None:
     best: _Miss | None = None
     tried: set[tuple[int, int, int]] = set()
     enough: dict[tuple[int, int], int] = {}
-    for candidate in sorted(engine.candidates(), key=lambda c: c.global_batch // c.microbatches):
+    plain = [candidate for candidate in engine.candidates() if candidate.schedule == SCHEDULE]
+    for candidate in sorted(plain or engine.candidates(), key=lambda c: c.global_batch // c.microbatches):
         microbatch = candidate.global_batch // candidate.microbatches
-        group = (candidate.global_batch, candidate.stages)
-        key = (candidate.stages, microbatch, min(candidate.microbatches, candidate.stages + 1))
+        group = (candidate.global_batch, candidate.slices)
+        key = (candidate.slices, microbatch, min(candidate.microbatches, candidate.slices + 1))
         if key in tried or microbatch > enough.get(group, microbatch):
             continue
         tried.add(key)
-        if microbatch * candidate.stages % engine.problem.cluster.devices == 0:
+        if microbatch * candidate.slices % engine.problem.cluster.devices == 0:
             enough[group] = microbatch
         prices = engine.prices_of(candidate)
         if prices is not None:
@@ -112,7 +115,7 @@ def _nearest_miss(engine: Engine) -> _Miss | None:
 
 def _least_peak(prices: Prices, candidate: Candidate) -> tuple[float, int]:
     """Least peak of the fullest stage over all boundaries, and that stage."""
-    stages, layers = candidate.stages, len(prices.order)
+    stages, layers = candidate.slices, len(prices.order)
     rest = np.full(layers + 1, np.inf)
     rest[layers] = 0.0
     tables: list[tuple[Floats, Floats]] = []
@@ -130,7 +133,7 @@ def _least_peak(prices: Prices, candidate: Candidate) -> tuple[float, int]:
 
 def _stage_peaks(prices: Prices, candidate: Candidate, s: int) -> Floats:
     """Least peak of stage ``s`` by (first layer, end)."""
-    in_flight = in_flight_microbatches(SCHEDULE, s, candidate.stages, candidate.microbatches)
+    in_flight = in_flight_microbatches(SCHEDULE, s, candidate.slices, candidate.microbatches)
     thresholds = np.array(sorted({live for kind in prices.kinds for live in kind.live_bytes.tolist()}))
     smallest = np.full((len(prices.kinds), len(thresholds)), np.inf)
     for k, kind in enumerate(prices.kinds):
@@ -139,10 +142,11 @@ def _stage_peaks(prices: Prices, candidate: Candidate, s: int) -> Floats:
             smallest[k] = np.where(kind.live_bytes[:, None] <= thresholds, size[:, None], np.inf).min(axis=0)
     counts = prices.contents.counts_SK
     finite = np.where(np.isinf(smallest), 0.0, smallest)
-    peaks = counts @ finite + thresholds
-    peaks[counts @ np.isinf(smallest).astype(np.float64) > 0] = np.inf
-    buffers = np.array([message_buffers(prices, candidate.stages, s, (0, 0))])
-    return np.append(peaks.min(axis=1) + buffers, np.inf)[prices.contents.of_interval]
+    peaks = weighted_sum(counts, finite) + thresholds
+    peaks[weighted_sum(counts, np.isinf(smallest).astype(np.float64)) > 0] = np.inf
+    wires = [message_buffers(prices, candidate.slices, s, (j, j)) for j in range(len(prices.order) + 1)]
+    buffers = np.array(wires)[:, None] if s else np.array(wires)[None, :]
+    return np.asarray(np.append(peaks.min(axis=1), np.inf)[prices.contents.of_interval] + buffers)
 
 
 def _fits(engine: Engine) -> bool:

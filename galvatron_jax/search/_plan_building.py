@@ -6,20 +6,19 @@ import msgspec
 
 from ..cost import estimate_plan
 from ..plan import Certificate, HardwareReference, Plan, PlanRun, Stage, Strategy, model_reference
-from ._engine import Outcome
-from ._pipeline import SCHEDULE
+from ._engine import Candidate, Outcome
 from ._pricing import Prices, Problem
 from ._stage import StageChoice
 
 
 def priced_plan(
-    problem: Problem, global_batch: int, microbatches: int, stages: tuple[tuple[tuple[str, Strategy, int], ...], ...]
+    problem: Problem, candidate: Candidate, stages: tuple[tuple[tuple[str, Strategy, int], ...], ...]
 ) -> Plan:
     """Return the plan with these stages, each runs of (kind, strategy, layers), and its prediction.
 
     The prediction is ``cost.estimate_plan``'s: the one objective.
     """
-    devices = problem.cluster.devices // len(stages)
+    devices = problem.cluster.devices // candidate.slices
     plan = Plan(
         model=model_reference(problem.model),
         cluster=problem.cluster,
@@ -28,9 +27,10 @@ def priced_plan(
         ),
         training=problem.training,
         memory_budget_bytes=int(problem.budget_bytes),
-        global_batch=global_batch,
-        microbatches=microbatches,
-        schedule=SCHEDULE,
+        global_batch=candidate.global_batch,
+        microbatches=candidate.microbatches,
+        schedule=candidate.schedule,
+        chunks=candidate.chunks,
         stages=tuple(Stage(devices=devices, runs=_merged(runs)) for runs in stages),
     )
     return msgspec.structs.replace(plan, predicted=estimate_plan(plan, problem.model, problem.hardware))
@@ -47,7 +47,7 @@ def outcome_plan(problem: Problem, outcome: Outcome) -> Plan | None:
     if outcome.candidate is None or outcome.solution is None or outcome.prices is None:
         return None
     stages = tuple(_runs(outcome.prices, choice) for choice in outcome.solution.choices)
-    plan = priced_plan(problem, outcome.candidate.global_batch, outcome.candidate.microbatches, stages)
+    plan = priced_plan(problem, outcome.candidate, stages)
     assert plan.predicted is not None
     step_time_s = plan.predicted.step_time_s
     bound_s = min(step_time_s, outcome.bound_s_per_sample * plan.global_batch) if outcome.stopped else step_time_s

@@ -8,30 +8,33 @@ it is dropped.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from ..cluster import Cluster
 from ..cost import (
     Setting,
+    SideValue,
     boundary_bytes,
     estimate_layer,
     estimate_relayout,
     estimate_transfer,
+    least_seconds,
+    message_bytes,
+    side_values,
     stream_arrays,
     stream_sizes,
     wire_strategy,
 )
 from ..plan import Strategy, Training
 from ..profile import HardwareProfile, LayerKind, ModelProfile
+from ._dominance import undominated
 from ._knapsack import Floats, Ints
 from ._space import Layout, Limits, layout_of, legal, stage_strategies
-
-MANY_ROWS = 256
-"""Above this, all pairs at once cost more than one row after the other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +77,6 @@ class Relayouts:
     """(forward, backward) by the layout of a stage's first layer."""
     to_wire_s: tuple[Floats, Floats]
     """(forward, backward) by the layout of the last layer of the stage before."""
-    transfer_s: Floats
-    """Seconds of a message by stage boundary."""
-    message_bytes: float
-    """Size of one message on one device."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,15 +113,22 @@ class Prices:
     order: Ints
     """Kind of every layer of the model."""
     contents: Contents
+    message_bytes_J: Floats
+    """Size on one device of a message to a stage that begins with layer ``j`` (0 at both ends of the model)."""
+    transfer_BJ: Floats
+    """Seconds of that message, by the slice ``b`` before the boundary."""
+    work: tuple[float, ...]
+    """Least seconds of the first ``n`` layers, at index ``n`` (``PriceList.least_seconds``)."""
 
 
-@dataclass(slots=True)
+@dataclass
 class PriceList:
     """Prices made on demand and kept."""
 
     problem: Problem
     order: Ints = field(init=False)
     contents: Contents = field(init=False)
+    sides: tuple[SideValue, ...] = field(init=False)
     _held: dict[tuple[int, int, bool], Prices | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,33 +136,42 @@ class PriceList:
         names = [kind.name for kind in self.problem.model.kinds]
         self.order = np.array([names.index(run.kind) for run in self.problem.model.layers for _ in range(run.count)])
         self.contents = Contents.of(self.order, len(names))
+        self.sides = side_values(self.problem.model)
 
-    def at(self, stages: int, microbatch: int, microbatches: int) -> Prices | None:
-        """Return the prices in a pipeline of ``stages`` stages; None when some layer has no legal strategy."""
-        key = (stages, microbatch, microbatches > 1)  # a test proves that nothing else of ``microbatches`` matters
+    def at(self, slices: int, microbatch: int, microbatches: int) -> Prices | None:
+        """Return the prices in a pipeline of ``slices`` device slices; None when some layer has no legal strategy."""
+        key = (slices, microbatch, microbatches > 1)  # a test proves that nothing else of ``microbatches`` matters
         if key not in self._held:
             setting = Setting(
                 hardware=self.problem.hardware,
                 cluster=self.problem.cluster,
-                stage_devices=self.problem.cluster.devices // stages,
+                stage_devices=self.problem.cluster.devices // slices,
                 microbatch=microbatch,
                 microbatches=microbatches,
                 training=self.problem.training,
                 causal_attention=self.problem.model.causal_attention,
+                slices=slices,
             )
-            self._held[key] = _price(self, setting, stages)
+            self._held[key] = _price(self, setting)
         return self._held[key]
+
+    @functools.cached_property
+    def least_seconds(self) -> tuple[float, ...]:
+        """Least seconds of one sample through the first ``n`` layers on one device, at index ``n``."""
+        problem = self.problem
+        causal = problem.model.causal_attention
+        kinds = [least_seconds(kind, problem.hardware, causal) for kind in problem.model.kinds]
+        return tuple(itertools.accumulate((kinds[kind] for kind in self.order.tolist()), initial=0.0))
 
 
 def message_buffers(prices: Prices, stages: int, stage: int, cuts: tuple[int, int]) -> float:
     """Return the bytes of message buffers of a stage that holds the layers from ``cuts[0]`` up to ``cuts[1]``."""
     if stages == 1:
         return 0.0
-    taking = prices.order[cuts[0] if stage else cuts[1]]
-    return boundary_bytes(stages, stage, prices.relayouts[taking].message_bytes)
+    return boundary_bytes(stages, stage, float(prices.message_bytes_J[cuts[0] if stage else cuts[1]]))
 
 
-def _price(price_list: PriceList, setting: Setting, stages: int) -> Prices | None:
+def _price(price_list: PriceList, setting: Setting) -> Prices | None:
     problem, order = price_list.problem, price_list.order
     every = stage_strategies(problem.cluster, setting.stage_devices, problem.limits)
     choices = [
@@ -169,8 +184,12 @@ def _price(price_list: PriceList, setting: Setting, stages: int) -> Prices | Non
     kinds = tuple(
         _kind_prices(kind, some, layouts, setting) for kind, some in zip(problem.model.kinds, choices, strict=True)
     )
-    relayouts = tuple(_relayouts(kind, layouts, setting, stages) for kind in problem.model.kinds)
-    return Prices(layouts, kinds, relayouts, order, price_list.contents)
+    relayouts = tuple(_relayouts(kind, layouts, setting) for kind in problem.model.kinds)
+    messages = _messages(price_list, setting)
+    boundaries = setting.slices if setting.slices > 1 else 0
+    transfers = _transfers(messages, setting, boundaries)
+    work = price_list.least_seconds
+    return Prices(layouts, kinds, relayouts, order, price_list.contents, messages, transfers, work)
 
 
 def _kind_prices(
@@ -191,47 +210,40 @@ def _kind_prices(
     return KindPrices(kind.name, kept, layout[keep], forward, backward, step_end, state, residual, live, every)
 
 
-def undominated(rows: Floats, group: Ints) -> npt.NDArray[np.bool_]:
-    """Mark the rows that no other row of the same group beats or equals in every column (first of equal rows: kept)."""
-    if len(rows) > MANY_ROWS:
-        return _swept(rows, group)
-    below = (rows[:, None, :] <= rows[None, :, :]).all(axis=2) & (group[:, None] == group[None, :])
-    equal = below & below.T
-    first = np.triu(np.ones_like(below), 1)
-    return np.asarray(~((below & ~equal) | (equal & first)).any(axis=0))
-
-
-def _swept(rows: Floats, group: Ints) -> npt.NDArray[np.bool_]:
-    """``undominated`` for many rows: in lexical order only a row before can beat one, so look at those kept."""
-    keep = np.zeros(len(rows), bool)
-    for label in set(group.tolist()):
-        members = np.flatnonzero(group == label)
-        front: list[int] = []
-        for row in members[np.lexsort(rows[members].T[::-1])].tolist():
-            if not (rows[front] <= rows[row]).all(axis=1).any():
-                front.append(row)
-        keep[front] = True
-    return keep
-
-
-def _relayouts(kind: LayerKind, layouts: tuple[Layout, ...], setting: Setting, stages: int) -> Relayouts:
-    devices, sizes, streams = setting.stage_devices, stream_sizes(kind, setting), stream_arrays(kind)
-    standing = [Strategy(tp=layout.tp, sp=layout.sp, dp=devices // layout.tp) for layout in layouts]
+def _relayouts(kind: LayerKind, layouts: tuple[Layout, ...], setting: Setting) -> Relayouts:
+    """Price every change of layout once; strategies that stand for the layouts change nothing else."""
+    devices = setting.stage_devices
+    standing = [Strategy(tp=inner, sp=sequence, dp=devices // inner) for inner, sequence in layouts]
     wire = wire_strategy(setting)
     between = _changes(kind, list(_pairs(standing)), setting).reshape(len(layouts), len(layouts), 2)
     arriving = _changes(kind, [(wire, strategy) for strategy in standing], setting)
     leaving = _changes(kind, [(strategy, wire) for strategy in standing], setting)
-    transfers = [
-        sum(estimate_transfer(stream, sizes, setting, boundary=s) for stream in streams) for s in range(stages - 1)
-    ]
     return Relayouts(
         forward_s=between[..., 0].copy(),
         backward_s=between[..., 1].copy(),
         from_wire_s=(arriving[:, 0], arriving[:, 1]),
         to_wire_s=(leaving[:, 0], leaving[:, 1]),
-        transfer_s=np.array(transfers, np.float64),
-        message_bytes=sum(stream.local_bytes(sizes, {}) for stream in streams) / devices,
     )
+
+
+def _messages(price_list: PriceList, setting: Setting) -> Floats:
+    """Bytes of a message by the first layer behind the boundary."""
+    kinds, order = price_list.problem.model.kinds, price_list.order.tolist()
+    held: dict[tuple[int, tuple[bool, ...]], float] = {}
+    found = [0.0]
+    for j in range(1, len(order)):
+        key = (order[j], tuple(side.first < j <= side.last for side in price_list.sides))
+        if key not in held:
+            held[key] = message_bytes(kinds[order[j]], j, price_list.sides, setting)
+        found.append(held[key])
+    return np.array([*found, 0.0])
+
+
+def _transfers(message_bytes_J: Floats, setting: Setting, boundaries: int) -> Floats:
+    """Seconds of each message over each boundary; a boundary is inside a node or between nodes, nothing else."""
+    sizes, where = np.unique(message_bytes_J, return_inverse=True)
+    rows = [[estimate_transfer(float(size), setting, boundary=b) for size in sizes] for b in range(boundaries)]
+    return np.array(rows).reshape(boundaries, len(sizes))[:, where]
 
 
 def _pairs(standing: list[Strategy]) -> Iterator[tuple[Strategy, Strategy]]:

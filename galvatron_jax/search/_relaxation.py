@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ._dominance import undominated
 from ._knapsack import Floats, Ints, Menu
-from ._pricing import undominated
 
 STEEPER, STEEPER_STEPS = 1.5, 4
 
@@ -65,13 +65,26 @@ class Relaxation:
         bounds = self._bounds(counts_K[None, :], np.maximum(at, 0), room - thresholds)[0]
         return np.where(at < 0, np.inf, bounds)
 
+    def whole_bound(self, counts_K: Floats, room: float) -> float:
+        """Return the bound of layers that share ``room`` bytes, whatever is alive besides."""
+        total = weighted_sum(counts_K[None, :], self.least_KPT[:, :, -1])[0] - self.prices * room
+        return float(total.max())
+
     def _bounds(self, counts_SK: Floats, at: Ints, left: Floats) -> Floats:
         """Bounds by (stage, threshold), for columns ``at`` of the tables and room ``left`` beside the live layer."""
         kinds, prices, _ = self.least_KPT.shape
-        total = (counts_SK @ self.least_KPT[:, :, at].reshape(kinds, -1)).reshape(-1, prices, len(at))
+        total = weighted_sum(counts_SK, self.least_KPT[:, :, at].reshape(kinds, -1)).reshape(-1, prices, len(at))
         total -= self.prices[:, None] * left
-        misfit = (counts_SK @ self.smallest_KT[:, at] > left) | (counts_SK @ self.absent_KT[:, at] > 0)
-        return np.where(misfit, np.inf, total.max(axis=1))
+        small, absent = weighted_sum(counts_SK, self.smallest_KT[:, at]), weighted_sum(counts_SK, self.absent_KT[:, at])
+        return np.where((small > left) | (absent > 0), np.inf, total.max(axis=1))
+
+
+def weighted_sum(counts_SK: Floats, values_KX: Floats) -> Floats:
+    """Return ``counts @ values``, summed kind by kind: a matrix product's order of summation depends on the machine."""
+    total = np.zeros((len(counts_SK), values_KX.shape[1]))
+    for k in range(len(values_KX)):
+        total += counts_SK[:, k, None] * values_KX[k]
+    return total
 
 
 def _price_grid(costs: Sequence[Floats], sizes: Sequence[Floats]) -> Floats:

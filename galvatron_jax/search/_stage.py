@@ -1,5 +1,8 @@
 """One stage: what it holds, the strategies chosen for it, and the choices under one threshold of live bytes.
 
+A slice of devices holds one stage, or several *sections* (the chunks of an interleaved schedule), each with its own
+weights in the objective: ``_shared``. This file is about slices with one.
+
 ``Case`` is the stage with the largest live layer fixed to at most ``threshold`` bytes: options that need more are
 left out, ``threshold`` is taken off the capacity, and what remains are patterns of layouts (``_patterns``) with one
 knapsack each (``_knapsack``).
@@ -7,16 +10,18 @@ knapsack each (``_knapsack``).
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from ._dominance import undominated
 from ._knapsack import Assignments, Dual, Floats, Group, Ints, Menu, assignments_within, best_dual, cheapest
 from ._patterns import Pattern, Step, patterns
-from ._pricing import Prices, undominated
+from ._pricing import Prices
 from ._relaxation import Relaxation
 
 ROUNDING = 1e-12
@@ -30,25 +35,39 @@ class Weights(NamedTuple):
     backward: float
     step_end: float
 
-    def normalised(self) -> tuple[Weights, float]:
-        """Return weights whose largest is 1, and the factor taken out; equal objectives share their work.
 
-        An objective that counts nothing gets factor 0 and the weights of one microbatch.
-        """
-        scale = max(self)
-        return (Weights(*(w / scale for w in self)), scale) if scale else (Weights(1.0, 1.0, 0.0), 0.0)
+SliceWeights: TypeAlias = tuple[Weights, ...]
+"""Of each section of a slice."""
 
 
-class Span(NamedTuple):
-    """What a stage holds, and how it hangs together with its neighbours."""
+def normalised(weights: SliceWeights) -> tuple[SliceWeights, float]:
+    """Return weights whose largest is 1, and the factor taken out; equal objectives share their work.
+
+    An objective that counts nothing gets factor 0 and the weights of one microbatch.
+    """
+    scale = max(max(w) for w in weights)
+    if not scale:
+        return (Weights(1.0, 1.0, 0.0),) * len(weights), 0.0
+    return tuple(Weights(*(w / scale for w in section)) for section in weights), scale
+
+
+class Section(NamedTuple):
+    """What a slice holds of one stage, and how it hangs together with its neighbours."""
 
     runs: tuple[tuple[int, int], ...]
     """(kind, layers) in order."""
-    in_flight: int
     enters: bool
     """The stream arrives over the wire."""
     leaves_to: int
     """Kind that takes the stream over the wire afterwards; -1 on the last stage."""
+
+
+class Span(NamedTuple):
+    """What a slice holds."""
+
+    sections: tuple[Section, ...]
+    moments: tuple[tuple[int, ...], ...]
+    """Microbatches in flight by section, at each of the fullest moments."""
     buffer_bytes: float
 
 
@@ -68,7 +87,21 @@ class StageChoice:
         return forward * self.forward_s + backward * self.backward_s + step_end * self.step_end_s
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class SliceChoice(NamedTuple):
+    """Strategies for the stages of one slice."""
+
+    stages: tuple[StageChoice, ...]
+
+    def cost(self, weights: SliceWeights) -> float:
+        """Return the value of a linear objective."""
+        return sum(stage.cost(w) for stage, w in zip(self.stages, weights, strict=True))
+
+    def times(self) -> list[float]:
+        """Return the three times of each stage."""
+        return [t for stage in self.stages for t in (stage.forward_s, stage.backward_s, stage.step_end_s)]
+
+
+@dataclass(frozen=True, eq=False)
 class Board:
     """The options of every kind under one objective and number of in-flight microbatches."""
 
@@ -82,16 +115,22 @@ class Board:
     layout: tuple[Ints, ...]
     inside: tuple[Floats, ...]
     """Relayout cost by kind that takes the stream."""
-    relaxation: Relaxation
     poll: Callable[[], None]
     """Called before every knapsack; may raise to stop the search."""
     _menus: dict[tuple[int, tuple[int, ...] | None, float], Menu] = field(default_factory=dict)
 
     @classmethod
-    def make(
-        cls, prices: Prices, weights: Weights, in_flight: int, *, exhaustive: bool, poll: Callable[[], None]
-    ) -> Board:
-        """Weigh all options; unless ``exhaustive``, drop those that are beaten in (cost, bytes, live bytes)."""
+    def make(cls, prices: Prices, weights: Weights, in_flight: int, *, keeps: str, poll: Callable[[], None]) -> Board:
+        """Weigh all options.
+
+        Args:
+            prices: The options.
+            weights: The objective.
+            in_flight: Microbatches whose residuals are held.
+            keeps: ``"best"`` drops options that are beaten in (cost, bytes, live bytes), ``"coupled"`` those beaten at
+                any number of microbatches in flight, ``"all"`` none.
+            poll: Called before every knapsack; may raise to stop the search.
+        """
         columns: list[tuple[Ints, Floats, Floats, Floats, Ints]] = []
         for kind in prices.kinds:
             cost = (
@@ -100,13 +139,18 @@ class Board:
                 + weights.step_end * kind.step_end_s
             )
             size = kind.state_bytes + in_flight * kind.residual_bytes
-            table = np.stack([cost, size, kind.live_bytes], axis=1)
-            keep = np.arange(len(cost)) if exhaustive else np.flatnonzero(undominated(table, kind.layout))
+            sizes = [size] if keeps == "best" else [kind.state_bytes, kind.residual_bytes]
+            table = np.stack([cost, *sizes, kind.live_bytes], axis=1)
+            keep = np.arange(len(cost)) if keeps == "all" else np.flatnonzero(undominated(table, kind.layout))
             columns.append((keep, cost[keep], size[keep], kind.live_bytes[keep], kind.layout[keep]))
-        rows, costs, sizes, lives, layouts = (tuple(column) for column in zip(*columns, strict=True))
+        rows, costs, sizes_, lives, layouts = (tuple(column) for column in zip(*columns, strict=True))
         inside = tuple(weights.forward * r.forward_s + weights.backward * r.backward_s for r in prices.relayouts)
-        relaxation = Relaxation.make(costs, sizes, lives)
-        return cls(prices, weights, rows, costs, sizes, lives, layouts, inside, relaxation, poll)
+        return cls(prices, weights, rows, costs, sizes_, lives, layouts, inside, poll)
+
+    @functools.cached_property
+    def relaxation(self) -> Relaxation:
+        """Bounds with layouts for free and fractions of layers."""
+        return Relaxation.make(self.cost, self.size, self.live)
 
     def menu(self, kind: int, layouts: tuple[int, ...] | None, threshold: float) -> Menu:
         """Options of ``kind`` in ``layouts`` (None: all) that need at most ``threshold`` live bytes."""
@@ -142,22 +186,22 @@ class Case:
     """A stage whose largest live layer needs at most ``threshold`` bytes."""
 
     board: Board
-    span: Span
+    section: Section
     threshold: float
     room: float
     dual: Dual
     """Bound of the whole case, relayouts free."""
 
     @classmethod
-    def make(cls, board: Board, span: Span, threshold: float, room: float) -> Case | None:
+    def make(cls, board: Board, section: Section, threshold: float, room: float) -> Case | None:
         """Return the case with ``room`` bytes for states and residuals; None when nothing fits."""
-        dual = best_dual([Group(n, board.menu(kind, None, threshold)) for kind, n in span.runs], room)
-        return None if dual is None else cls(board, span, threshold, room, dual)
+        dual = best_dual([Group(n, board.menu(kind, None, threshold)) for kind, n in section.runs], room)
+        return None if dual is None else cls(board, section, threshold, room, dual)
 
     def patterns(self, *, every: bool) -> Iterator[Pattern]:
         """Yield the stage's patterns, the lowest bound first; ``every``: those that cannot be best too."""
         rent = self.dual.price * self.room
-        steps = [self._step(run) for run in range(len(self.span.runs))]
+        steps = [self._step(run) for run in range(len(self.section.runs))]
         for pattern in patterns(steps, self._leaving(), self.room, every=every):
             yield pattern._replace(bound=pattern.bound - rent)
 
@@ -197,23 +241,23 @@ class Case:
         return self._choices(pattern, slots, moves, found)
 
     def _step(self, run: int) -> Step:
-        (kind, layers), board = self.span.runs[run], self.board
+        (kind, layers), board = self.section.runs[run], self.board
         menu = board.menu(kind, None, self.threshold)
         priced, smallest = np.full((2, len(board.prices.layouts)), np.inf)
         np.minimum.at(priced, board.layout[kind][menu.ids], menu.cost + self.dual.price * menu.size)
         np.minimum.at(smallest, board.layout[kind][menu.ids], menu.size)
-        first = board.wire(board.prices.relayouts[kind].from_wire_s) * self.span.enters
+        first = board.wire(board.prices.relayouts[kind].from_wire_s) * self.section.enters
         return Step(layers, priced, smallest, board.inside[kind] if run else first[None, :], board.inside[kind])
 
     def _leaving(self) -> Floats:
-        if self.span.leaves_to < 0:
+        if self.section.leaves_to < 0:
             return np.zeros(len(self.board.prices.layouts))
-        return self.board.wire(self.board.prices.relayouts[self.span.leaves_to].to_wire_s)
+        return self.board.wire(self.board.prices.relayouts[self.section.leaves_to].to_wire_s)
 
     def _slots(self, pattern: Pattern) -> list[_Slot]:
         """One layer in each of several stops, and the other layers of the run wherever they like."""
         slots = []
-        for run, ((kind, layers), stops) in enumerate(zip(self.span.runs, pattern.stops, strict=True)):
+        for run, ((kind, layers), stops) in enumerate(zip(self.section.runs, pattern.stops, strict=True)):
             single = stops if len(stops) > 1 else ()
             slots += [_Slot(run, Group(1, self.board.menu(kind, (stop,), self.threshold))) for stop in single]
             if layers > len(single):
@@ -224,28 +268,32 @@ class Case:
     def _moves(self, pattern: Pattern) -> Floats:
         """Seconds of all relayouts of a pattern: (forward, backward)."""
         relayouts, total = self.board.prices.relayouts, np.zeros(2)
-        walk = [(kind, stop) for (kind, _), stops in zip(self.span.runs, pattern.stops, strict=True) for stop in stops]
+        walk = [
+            (kind, stop) for (kind, _), stops in zip(self.section.runs, pattern.stops, strict=True) for stop in stops
+        ]
         for (_, before), (kind, after) in zip(walk, walk[1:], strict=False):
             total += relayouts[kind].forward_s[before, after], relayouts[kind].backward_s[before, after]
-        if self.span.enters:
+        if self.section.enters:
             total += [seconds[walk[0][1]] for seconds in relayouts[walk[0][0]].from_wire_s]
-        if self.span.leaves_to >= 0:
-            total += [seconds[walk[-1][1]] for seconds in relayouts[self.span.leaves_to].to_wire_s]
+        if self.section.leaves_to >= 0:
+            total += [seconds[walk[-1][1]] for seconds in relayouts[self.section.leaves_to].to_wire_s]
         return total
 
     def _weigh(self, moves: Floats) -> float:
         return float(self.board.weights.forward * moves[0] + self.board.weights.backward * moves[1])
 
     def _choices(self, pattern: Pattern, slots: list[_Slot], moves: Floats, found: Assignments) -> list[StageChoice]:
-        tables, owners = [], []
+        owners: list[tuple[int, int]] = []
+        times = np.tile(np.append(moves, 0.0), (len(found.cost), 1))
         for slot in slots:
-            kind = self.span.runs[slot.run][0]
-            rows = self.board.rows[kind][slot.group.menu.ids]
+            kind = self.section.runs[slot.run][0]
             prices = self.board.prices.kinds[kind]
-            tables.append(np.stack([prices.forward_s[rows], prices.backward_s[rows], prices.step_end_s[rows]]))
-            owners += [(slot.run, int(row)) for row in rows]
-        times = found.counts @ np.concatenate(tables, axis=1).T + np.append(moves, 0.0)
-        kept = range(1) if len(times) == 1 else np.flatnonzero(undominated(times, np.zeros(len(times), np.int64)))
+            for row in self.board.rows[kind][slot.group.menu.ids].tolist():
+                # option by option: in a matrix product the order of summation would depend on the machine
+                each = prices.forward_s[row], prices.backward_s[row], prices.step_end_s[row]
+                times += found.counts[:, len(owners), None] * np.array(each)
+                owners.append((slot.run, row))
+        kept = range(1) if len(times) == 1 else np.flatnonzero(undominated(times))
         return [
             StageChoice(float(times[i, 0]), float(times[i, 1]), float(times[i, 2]), runs)
             for i in kept
@@ -255,7 +303,7 @@ class Case:
     def _runs(self, pattern: Pattern, owners: list[tuple[int, int]], counts: Ints) -> tuple[tuple[int, int, int], ...]:
         """Put the layers of one assignment in order: run by run, stop by stop."""
         ordered: list[tuple[int, int, int]] = []
-        for run, ((kind, _), stops) in enumerate(zip(self.span.runs, pattern.stops, strict=True)):
+        for run, ((kind, _), stops) in enumerate(zip(self.section.runs, pattern.stops, strict=True)):
             layers: dict[int, list[int]] = {stop: [] for stop in stops}
             for (owner, row), count in sorted(zip(owners, counts.tolist(), strict=True)):
                 if owner == run and count:

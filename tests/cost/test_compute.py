@@ -7,7 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_jax.cost._compute import compute_seconds, efficiency_curve, matmul_peak, traffic_seconds
+from galvatron_jax.cost._compute import (
+    compute_seconds,
+    efficiency_curve,
+    matmul_peak,
+    recompute_seconds,
+    traffic_seconds,
+)
 from galvatron_jax.cost._kind import PHASES, KindSums, is_fused, summarise
 from galvatron_jax.cost._values import Shares
 from galvatron_jax.errors import DocumentError
@@ -16,7 +22,7 @@ from galvatron_jax.profile import Array, Dot, LayerKind, Phase, Traffic
 from tests.cost.settings import HARDWARE, MODEL
 from tests.support.toy_models import toy_hardware
 
-ONE = Shares.of(Strategy(), 1)
+ONE = Shares(1, 1)
 
 
 def kind_of(*dots: Dot, traffic: tuple[Traffic, ...] = (), **classes: int) -> LayerKind:
@@ -115,7 +121,7 @@ def test_compute_fused_attention_leaves_its_arrays_out() -> None:
 def test_compute_again_skips_products_that_backward_does_not_need() -> None:
     needed = Dot(phase="forward", dtype="bfloat16", classes=("n", "n", "m"))
     sums = sums_of(needed, msgspec.structs.replace(needed, recomputed=False), m=5000)
-    assert compute_seconds(sums, "forward", ONE, HARDWARE, causal=False, again=True) == pytest.approx(1e10 / 0.75e14)
+    assert recompute_seconds(sums, "full", ONE, HARDWARE, causal=False) == pytest.approx(1e10 / 0.75e14)
 
 
 def test_traffic_takes_bytes_over_bandwidth_but_at_least_its_launches() -> None:
@@ -138,7 +144,7 @@ def test_product_time_never_falls_while_flops_rise(flops: float, factor: float) 
 @given(microbatch=st.integers(1, 64), tp=st.sampled_from([1, 2, 4, 8]), sp=st.booleans())
 def test_summed_dots_equal_the_profile_s_own_formula(microbatch: int, tp: int, sp: bool) -> None:
     kind = MODEL.kind("layers.*")
-    shares = Shares.of(Strategy(tp=tp, sp=sp), microbatch)
+    shares = Shares.of(kind, Strategy(tp=tp, sp=sp), microbatch)
     sizes = {**kind.classes, "batch": microbatch}
     for phase in PHASES:
         ours = [dot.flops.at(shares) for dot in summarise(kind, True).dots[phase]]

@@ -74,7 +74,7 @@ def test_simulate_slow_middle_stage_is_the_bound() -> None:
 
 def test_simulate_step_end_of_an_early_stage_can_decide() -> None:
     timeline = simulate(build_schedule("1f1b", 2, 2), [stage(1, 2), stage(1, 2, step_end_s=50)], [0.0])
-    assert timeline.slowest_stage == 1
+    assert timeline.slowest_slice == 1
     assert timeline.step_time_s == pytest.approx(1 + 3 + 3 + 50)
 
 

@@ -108,7 +108,7 @@ def test_plan_with_two_stages_is_the_simulated_schedule() -> None:
                 step_end_s=sum(n * (c.sync_s + c.update_s) for c, n in costs),
             )
         )
-    transfer_s = estimate_transfer(stream, sizes, case, boundary=0)
+    transfer_s = estimate_transfer(stream.local_bytes(sizes, {}) / 4, case, boundary=0)
     expected = simulate(build_schedule("1f1b", 2, 4), times, [transfer_s]).step_time_s
     assert estimate_plan(two_stages(first, second), MODEL, HARDWARE).step_time_s == expected
 

@@ -9,6 +9,7 @@ from galvatron_jax.cost import (
     device_group,
     estimate_relayout,
     estimate_transfer,
+    message_bytes,
     stream_arrays,
     stream_sizes,
     wire_strategy,
@@ -117,5 +118,5 @@ def test_transfer_sends_each_device_s_part_over_the_link_of_the_boundary(
 ) -> None:
     stage = setting(8)
     stage = type(stage)(**{f: getattr(stage, f) for f in stage.__slots__} | {"stage_devices": devices})
-    time_s = estimate_transfer(STREAM, SIZES, stage, boundary=boundary)
+    time_s = estimate_transfer(message_bytes(KIND, 1, (), stage), stage, boundary=boundary)
     assert time_s == pytest.approx(WHOLE / devices / bandwidth + latency)

@@ -9,6 +9,8 @@ from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.errors import GalvatronError, InfeasibleError
 from galvatron_jax.plan import Plan, check_plan
 from galvatron_jax.search import SearchResult, find_plan
+from galvatron_jax.search._baselines import price_baselines
+from galvatron_jax.search._engine import Engine
 from galvatron_jax.search._find import MAX_GLOBAL_BATCH
 from tests.search.brute_force import every_plan
 from tests.search.problems import small_problem
@@ -104,17 +106,7 @@ def test_unreasonable_batches_are_refused(batches: tuple[int, ...]) -> None:
         search(global_batches=batches)
 
 
-@pytest.mark.parametrize("seed", [2, 3, 9])
-def test_plan_is_never_slower_than_a_baseline(seed: int) -> None:
-    small = small_problem(seed)
-    result = find_plan(small.model, small.cluster, small.hardware, global_batches=small.batches, memory_bytes=2**40)
-    best = predicted_s(result.plan) / result.plan.global_batch
-    fitting = [b.seconds_per_sample for b in result.baselines if b.seconds_per_sample is not None]
-    assert fitting
-    assert min(fitting) >= best * (1 - 1e-12)
-
-
-@pytest.mark.parametrize("seed", [2, 3, 9])
+@pytest.mark.parametrize("seed", [2, 3, 9, 16])
 def test_best_uniform_baseline_is_the_best_uniform_plan(seed: int) -> None:
     small = small_problem(seed)
     uniform = [
@@ -122,9 +114,8 @@ def test_best_uniform_baseline_is_the_best_uniform_plan(seed: int) -> None:
         for tried in every_plan(*small)
         if len(tried.plan.stages) == 1 and len({strategy for _, strategy in tried.plan.layers()}) == 1
     ]
-    result = find_plan(small.model, small.cluster, small.hardware, global_batches=small.batches, memory_bytes=2**40)
-    found = next(b for b in result.baselines if b.name == "best uniform").seconds_per_sample
-    assert found == pytest.approx(min(uniform), rel=1e-12)
+    baselines = {b.name: b for b in price_baselines(Engine(small.problem(2**40), small.batches))}
+    assert baselines["best uniform"].seconds_per_sample == pytest.approx(min(uniform), rel=1e-12)
 
 
 def test_baselines_are_what_their_names_say() -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from galvatron_jax.search._engine import Engine
+from galvatron_jax.search._engine import Candidate, Engine
 from galvatron_jax.search._plan_building import outcome_plan, peak_bytes
 from tests.search.brute_force import Tried, every_plan
 from tests.search.problems import Small, quantile, small_problem
 
 SAME = 1e-11
 """Sums of some dozen float64 terms, added in another order."""
-TIGHTNESS = (0.0, 0.02, 0.1, 0.3, 1.0)
+TIGHTNESS = (0.0, 0.05, 0.3, 1.0)
 """Shares of the distinct peaks of all plans that the budget admits; 0: only the smallest one."""
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(216))
 def test_search_on_a_small_problem_equals_brute_force(seed: int) -> None:
     small = small_problem(seed)
     tried = list(every_plan(*small))
@@ -43,5 +43,6 @@ def check_rough_bounds(small: Small, tried: list[Tried]) -> None:
     engine = Engine(small.problem(1e18), small.batches)
     rough = {candidate: engine.rough_bound_s(candidate) for candidate in engine.candidates()}
     for seconds_per_sample, _, plan in tried:
-        bound_s = rough[len(plan.stages), plan.global_batch, plan.microbatches]  # type: ignore[index]  # named tuples
+        candidate = Candidate(plan.slices, plan.global_batch, plan.microbatches, plan.schedule, plan.chunks)
+        bound_s = rough.get(candidate, 0.0)  # gpipe of one microbatch is not in the list: it is 1f1b
         assert bound_s <= seconds_per_sample * plan.global_batch * (1 + SAME)

@@ -6,7 +6,7 @@ import pytest
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import Setting, estimate_layer
 from galvatron_jax.plan import Training
-from galvatron_jax.search._pricing import MANY_ROWS, undominated
+from galvatron_jax.search._dominance import MANY_ROWS, undominated
 from galvatron_jax.search._space import (
     Limits,
     default_batches,
@@ -52,7 +52,7 @@ def test_strategies_of_an_indivisible_vocabulary_leave_tensor_parallelism_out() 
     embed = MODEL.kind("embed")
     choices = legal(embed, stage_strategies(parse_cluster("1x2"), 2, Limits()), 4)
     assert {strategy.tp for strategy in choices} == {1}
-    assert len(choices) == 4 * 2  # zero 0-3, remat or not
+    assert len(choices) == 4 * 2  # zero 0-3, remat none or full: this profile knows neither dots nor Ulysses
 
 
 def test_strategies_follow_the_mesh_axes() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from galvatron_jax.cost import estimate_plan
 from galvatron_jax.errors import GalvatronError
-from galvatron_jax.plan import Plan, check_plan
+from galvatron_jax.plan import Plan, ScheduleName, check_plan
 from galvatron_jax.search import find_plan
 from galvatron_jax.search._rules import Rule, forbid, pin
 from galvatron_jax.search._spaces import named_space
@@ -43,12 +43,17 @@ def test_search_under_rules_equals_brute_force_under_rules(seed: int, name: str)
     small, rules = small_problem(seed), [r for r in RULES[name] if r.layers != (2,)]
     if not any(run.kind == "layers.*" for run in small.model.layers):
         rules = [rule for rule in rules if rule.kind is None]
-    tried = [plan for plan in every_plan(*small) if obeys(plan.plan, rules)]
+    rules += small.limits.rules
+    schedules: tuple[ScheduleName, ...] = ("1f1b", "gpipe")  # interleaved, a rule by number would split a kind in two
+    tried = [plan for plan in every_plan(*small) if obeys(plan.plan, rules) and plan.plan.schedule in schedules]
+    arguments = small.model, small.cluster, small.hardware
+    if not tried:
+        with pytest.raises(GalvatronError):
+            find_plan(*arguments, global_batches=small.batches, rules=rules, schedules=schedules)
+        return
     budget = quantile([plan.peak_bytes for plan in tried], 0.3)
     best = min(plan.seconds_per_sample for plan in tried if plan.peak_bytes <= budget)
-    found = find_plan(
-        small.model, small.cluster, small.hardware, global_batches=small.batches, rules=rules, memory_bytes=budget
-    )
+    found = find_plan(*arguments, global_batches=small.batches, rules=rules, schedules=schedules, memory_bytes=budget)
     plan = found.plan
     assert plan.predicted is not None
     assert plan.certificate is not None
