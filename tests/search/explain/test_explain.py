@@ -90,16 +90,17 @@ def test_reasons_name_memory_where_it_decides() -> None:
 
 
 def test_explanation_of_a_bad_plan_says_that_a_better_one_exists(found: SearchResult) -> None:
+    if len(found.plan.stages) > 1:
+        pytest.skip("the tight plan is a pipeline: the two strategies below are for all four devices")
     worst = max(
         (strategy for strategy in (Strategy(tp=4, dp=1), Strategy(dp=4, zero=3, remat="full"))),
         key=lambda s: Subject(found.plan, MODEL, HARDWARE).changed(range(1, 7), s).step_time_s,
     )
-    bad = with_strategy(found.plan, range(1, 7), worst) if len(found.plan.stages) == 1 else found.plan
+    bad = with_strategy(found.plan, range(1, 7), worst)
     bad = msgspec.structs.replace(bad, memory_budget_bytes=10**15)
     subject = Subject(bad, MODEL, HARDWARE)
-    if len(bad.stages) == 1:
-        assert "better exists" in {reason.verdict for reason in plan_reasons(subject)}
-        assert "not the optimum" in plain(layer_lines(subject, 3, layer_alternatives(subject, 3)))
+    assert "better exists" in {reason.verdict for reason in plan_reasons(subject)}
+    assert "not the optimum" in plain(layer_lines(subject, 3, layer_alternatives(subject, 3)))
 
 
 def test_what_ifs_are_searches_of_the_changed_problem(found: SearchResult) -> None:
