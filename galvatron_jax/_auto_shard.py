@@ -7,12 +7,11 @@ for batch in data:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
-from flax import nnx
 
 from ._sharded_model import ShardedModel
 from .analysis import Loss
@@ -26,7 +25,7 @@ from .runtime import LinkName
 
 
 def auto_shard(
-    model: nnx.Module | Callable[[], nnx.Module],
+    model: Any,
     *,
     loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
@@ -34,13 +33,16 @@ def auto_shard(
     cluster: Cluster | None = None,
     hardware: HardwareProfile | None = None,
     link: LinkName = "union",
+    layers: str | None = None,
 ) -> ShardedModel:
     """Spread a model over the visible devices and train it.
 
     Args:
-        model: An unmodified ``flax.nnx.Module``; or a function that builds one, which runs under ``jax.jit`` with
-            sharded results, so that no device ever holds the whole model.
-        loss: ``loss(model, batch)``, the mean over the batch; next-token cross-entropy by default
+        model: An unmodified ``flax.nnx.Module``; a ``flax.linen.Module`` (``module.bind(variables)`` brings values,
+            ``module.bind({}, rngs=...)`` seeds); a pytree of parameters; or a function without arguments that builds
+            one of them, which runs under ``jax.jit`` with sharded results: no device ever holds the whole model.
+        loss: ``loss(model, batch)``, the mean over the batch, or a tuple that begins with it (the rest is left out);
+            a Linen module arrives bound, a pytree as it is. Next-token cross-entropy by default
             (``models.next_token_loss``).
         optimizer: Any optax transformation; ``optax.adamw(3e-4)`` by default.
         plan: How to spread it, or the file that says so; searched for when the first batch comes by default.
@@ -48,6 +50,7 @@ def auto_shard(
         hardware: What the search prices with; the bundled profile of the cluster's GPU by default.
         link: What carries values between pipeline stages in different processes: ``"union"``, a collective permute over
             both stages' devices (CPU and GPU); or ``"device_put"``, JAX's own transfers (GPU; not tried yet).
+        layers: The repeated blocks as a path, where the analysis should not look for them: ``"model.layers.*"``.
 
     Raises:
         DocumentError: the plan's file is not a valid plan.
@@ -76,6 +79,7 @@ def auto_shard(
         cluster=cluster,
         hardware=hardware,
         link=link,
+        layers=layers,
     )
 
 

@@ -7,16 +7,14 @@ plan searched (unless one was given), the state built straight into its sharding
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import msgspec
 import optax
-from flax import nnx
 
 from ._document import encode
-from .analysis import Analysis, Loss, analyse_model, split_parameters
+from .analysis import Analysis, Loss, abstract_batch, analyse_model, sample_count
 from .cluster import Cluster
 from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
@@ -47,7 +45,7 @@ class ShardedModel:
 
     def __init__(
         self,
-        model: nnx.Module | Callable[[], nnx.Module],
+        model: Any,
         *,
         loss: Loss,
         optimizer: optax.GradientTransformation,
@@ -55,9 +53,11 @@ class ShardedModel:
         cluster: Cluster,
         hardware: HardwareProfile | None,
         link: LinkName = "union",
+        layers: str | None = None,
     ) -> None:
         """Hold the parts; see ``auto_shard``."""
-        self._source, self._loss, self._optimizer, self._link = model, loss, optimizer, link
+        self._source, self._loss, self._optimizer = model, loss, optimizer
+        self._link, self._layers = link, layers
         self._plan, self._cluster, self._hardware = plan, cluster, hardware
         self._analysis: Analysis | None = None
         self._programs: Programs | None = None
@@ -166,19 +166,18 @@ class ShardedModel:
         return self._ready_programs().process_rows
 
     @property
-    def model(self) -> nnx.Module:
-        """The user's own module with copies of the trained parameters: global arrays over all devices.
+    def model(self) -> Any:
+        """The user's own kind of object with copies of the trained parameters: global arrays over all devices.
 
-        They are sharded as the plan stores them, and where it is pipelined also over the stages, so that the module can
-        be called (under ``jax.jit``, in all processes together).
+        An NNX module; the variables of a Linen module; the tree of parameters of a pure function. The arrays are
+        sharded as the plan stores them, and where it is pipelined also over the stages, so that the module can be
+        called (under ``jax.jit``, in all processes together).
         """
         programs, state = self._ready_programs(), self.neutral_state()
         assert self._analysis is not None, "programs follow an analysis"
         copied = programs.to_cluster if isinstance(programs, PipelinePrograms) else lambda leaf: leaf.copy()
-        copy: nnx.Module = nnx.merge(
-            self._analysis.trace.graph, *jax.tree.map(copied, (state.parameters, state.model_state))
-        )
-        return copy
+        trace = self._analysis.trace
+        return trace.model.restore(*trace.rows.together(*jax.tree.map(copied, (state.parameters, state.model_state))))
 
     def explain(self) -> str:
         """Return the plan as text: what runs where, and what it should cost."""
@@ -229,16 +228,15 @@ class ShardedModel:
             self._plan = self._search(batch, samples, max_stages=1)
             return self._build(batch, self._plan)
 
-    def _analyse(self, batch: Any, samples: int, name: str) -> Analysis:
+    def _analyse(self, batch: Any, samples: int, name: str | None = None) -> Analysis:
         """Analyse at a batch of ``samples``: one microbatch, or all while there is no plan; the last trace is kept."""
-        spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((samples, *x.shape[1:]) if x.ndim else (), x.dtype), batch)
+        spec = abstract_batch(batch, samples)
         if self._analysis is None or jax.tree.leaves(self._analysis.trace.batch) != jax.tree.leaves(spec):
-            self._analysis = analyse_model(self._source, self._loss, spec, name=name)
+            self._analysis = analyse_model(self._source, self._loss, spec, name=name, layers=self._layers)
         return self._analysis
 
     def _search(self, batch: Any, samples: int, max_stages: int | None) -> Plan:
-        name = type(self._source).__name__ if isinstance(self._source, nnx.Module) else "model"
-        profile = self._analyse(batch, samples, name).profile
+        profile = self._analyse(batch, samples).profile
         hardware = self._hardware or load_hardware(self._cluster.gpu)
         # This version runs attention as XLA compiles it, scores in memory: a plan must not count on a fused kernel.
         hardware = msgspec.structs.replace(hardware, fused_attention=False)
@@ -261,19 +259,20 @@ class ShardedModel:
         return Training(optimizer="optax", state_bytes_per_parameter=round(state_bytes / max(count, 1)))
 
     def _build_state(self, programs: Programs) -> Any:
-        source = self._source
-        if isinstance(source, nnx.Module):
-            return programs.adopt(*split_parameters(source)[1:])
-        return programs.create(lambda: split_parameters(source())[1:])
+        assert self._analysis is not None, "programs follow an analysis"
+        trace = self._analysis.trace
+        if trace.model.is_built:
+            return programs.adopt(*trace.rows.apart(*trace.model.build()))
+        return programs.create(lambda: trace.rows.apart(*trace.model.build()))
 
 
 def _batch_size(batch: Any) -> int:
-    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(batch) if getattr(leaf, "ndim", 0)}
-    if len(sizes) != 1:
+    samples = sample_count(batch)
+    if samples is None:
         raise PlanError(
-            f"got batch leaves with {sorted(sizes)} samples",
-            expected="arrays that agree in dimension 0, the global batch",
+            "got a batch without arrays that have a dimension",
+            expected="arrays whose dimension 0 is the global batch",
             where="batch",
             action="pass a pytree of arrays such as {'inputs': ..., 'targets': ...}",
         )
-    return int(sizes.pop())
+    return samples

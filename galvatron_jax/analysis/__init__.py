@@ -2,6 +2,8 @@
 
 from . import _rules as _rules  # registers the dimension rules
 from . import _rules_parts as _rules_parts
+from ._batch import abstract_batch as abstract_batch
+from ._batch import sample_count as sample_count
 from ._cut import Segment as Segment
 from ._dimensions import Rule as Rule
 from ._dimensions import Value as Value
@@ -16,8 +18,6 @@ from ._jaxpr import run_equation as run_equation
 from ._kind import AnalysedKind as AnalysedKind
 from ._local import LocalLayer as LocalLayer
 from ._local import local_layer as local_layer
-from ._marks import Loss as Loss
-from ._marks import split_parameters as split_parameters
 from ._primitives import ELEMENTWISE as ELEMENTWISE
 from ._primitives import is_batched as is_batched
 from ._primitives import is_kept as is_kept
@@ -25,3 +25,6 @@ from ._primitives import is_kernel_name as is_kernel_name
 from ._profile import Analysis as Analysis
 from ._profile import analyse_model as analyse_model
 from ._profile import trained_variables as trained_variables
+from ._read_nnx import split_parameters as split_parameters
+from ._user_model import Loss as Loss
+from ._user_model import UserModel as UserModel

@@ -1,39 +1,39 @@
 """Cut a flat program into layers.
 
-The repeated layers are the outermost group of sibling module calls (the same path but for numbers) that covers most of
-the matmul work, one level deeper when all its members differ (stages of different width). Equations are in trace order,
-so the equations of a call are contiguous, and a cut by position is a valid cut: free variables of a segment are its
-inputs, variables used later its outputs. Masks, rotary tables, RNG counters and statistics thereby become ordinary
-boundary values. What stands before the first layer is the ``embed`` segment, what follows the last one ``head``;
-equations between two layers belong to the later one.
+Equations are in trace order, so the equations of a module call are contiguous, and a cut by position is a valid cut:
+free variables of a segment are its inputs, variables used later its outputs. Masks, rotary tables, encoder outputs, RNG
+counters and statistics thereby become ordinary boundary values. Which ranges are layers is found
 
-Limits: layers run by one ``nnx.scan`` are unrolled and cut, but each slices the stacked weights at an index of its own,
-so that each becomes a kind of its own, without tensor-parallel candidates worth having; one module called several times
-(shared weights) is no group.
+    by name      the repeated calls of marked modules (``_groups``)
+    by pattern   repeated equations, where a model has no modules, or hides its layers inside one (``_repeats``)
+
+whichever covers more of the matmul work, the first one where both are close. Segments that follow the same equations
+are one *kind* and share one program.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
-from ._flatten import MARK, Equation, Program, Variable
+from ._fingerprint import Skeleton, skeleton
+from ._flatten import Equation, Program, Variable
+from ._flow import Flow
+from ._groups import find_layer_calls, find_named_calls, pattern_of
 from ._jaxpr import abstract, run_equation, scope_name
+from ._pieces import Piece, cover
+from ._repeats import find_repeats
 
-EMBED, HEAD, WHOLE = "embed", "head", "model"
-"""Kinds of the segments before, after and instead of the repeated layers."""
+REPEATED = "layer"
+"""Kind of layers that have no module to be named after."""
 
-_MIN_SHARE = 0.02
-"""A group with less than this share of the matmul FLOPs is not a layer group (a pair of norms, say)."""
-
-_INNER_SHARE = 0.8
-"""Descend into a group whose members all differ when an inner group keeps this share of its work."""
+_ENOUGH = 0.5
+"""Share of the matmul FLOPs in named layers above which nobody looks for patterns."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -46,6 +46,8 @@ class Segment:
     outputs: list[Variable]
     program: ClosedJaxpr
     """Segments of one kind share one program; ``inputs`` and ``outputs`` say what it is called with."""
+    tied: frozenset[int] = frozenset()
+    """Inputs that are parameters which a segment before holds already."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,135 +56,125 @@ class Cut:
 
     segments: list[Segment]
     source: Program
+    by_name: bool = True
+    """Layers were found as module calls, not as repeated equations."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether no layers were found."""
+        return len(self.segments) <= 1
 
 
-@dataclasses.dataclass(slots=True)
-class _Call:
-    """One module call: its position in the equation list and its work."""
+def cut_layers(by_name: Program, flatten_all: Callable[[], Program], *, layers: str | None = None) -> Cut:
+    """Cut a program into embed, layers and head (one ``model`` segment when nothing repeats).
 
-    path: str
-    first: int
-    last: int
-    flops: int
-    outer: tuple[str, ...]
+    Args:
+        by_name: The program, calls of marked modules opened.
+        flatten_all: Returns the program with every call opened, for the search by pattern.
+        layers: The user's own answer: a path glob such as ``"model.layers.*"``.
 
-
-def cut_layers(program: Program) -> Cut:
-    """Cut ``program`` into embed, layers and head (one ``model`` segment when nothing repeats)."""
-    spans = sorted((call.first, call.last, call.path) for call in _layer_calls(program.equations))
-    pieces: list[tuple[str, str, int, int]] = []
-    position = 0
-    for first, last, path in spans:
-        start = position if pieces else first
-        if not pieces and first > 0:
-            pieces.append((EMBED, EMBED, 0, first))
-        pieces.append((_pattern(path), path, start, last + 1))
-        position = last + 1
-    if position < len(program.equations):
-        name = HEAD if pieces else WHOLE
-        pieces.append((name, name, position, len(program.equations)))
-    return Cut(_segments(program, pieces), program)
-
-
-def _layer_calls(equations: Sequence[Equation]) -> list[_Call]:
-    """Return the calls of the chosen layer groups."""
-    groups = _sibling_groups(equations)
-    chosen: list[str] = []
-    for pattern in sorted(groups, key=lambda p: len(_enclosing(groups[p]))):
-        if _enclosing(groups[pattern]) & set(chosen):
-            continue
-        if not _should_descend(pattern, groups, equations):
-            chosen.append(pattern)
-    return [call for pattern in chosen for call in groups[pattern]]
+    Raises:
+        AnalysisError: ``layers`` names no module.
+    """
+    flow = Flow(by_name)
+    calls = find_named_calls(flow, layers) if layers else find_layer_calls(flow)
+    named = [Piece(pattern_of(call.module), call.module, call.first, call.stop) for call in calls]
+    if not layers and _share(flow, named) < _ENOUGH:
+        program = flatten_all()
+        other = Flow(program)
+        repeated = [
+            Piece(REPEATED if group == 0 else f"{REPEATED}{group + 1}", f"layer.{n}", first, first + repeat.period)
+            for group, repeat in enumerate(find_repeats(other))
+            for n, first in enumerate(range(repeat.first, repeat.stop, repeat.period))
+        ]
+        if _share(other, repeated) > _share(flow, named):
+            return Cut(_segments(other, program, repeated), program, by_name=False)
+    return Cut(_segments(flow, by_name, named), by_name)
 
 
-def _sibling_groups(equations: Sequence[Equation]) -> dict[str, list[_Call]]:
-    """Group module calls by path pattern; keep groups of two or more numbered calls that do real work."""
-    calls: dict[tuple[str, str], _Call] = {}
-    for position, equation in enumerate(equations):
-        flops = matmul_flops(equation)
-        outer: tuple[str, ...] = ()
-        path = ""
-        for mark in MARK.finditer(equation.scope):
-            if mark[1] == path:
-                continue  # the same module again: super().__call__
-            path = mark[1]
-            call = calls.setdefault((mark[1], mark[2]), _Call(mark[1], position, position, 0, outer))
-            call.last, call.flops = position, call.flops + flops
-            outer = (*outer, _pattern(mark[1]))
-    total = sum(map(matmul_flops, equations)) or 1
-    groups: dict[str, list[_Call]] = {}
-    for call in calls.values():
-        groups.setdefault(_pattern(call.path), []).append(call)
-    return {
-        pattern: group
-        for pattern, group in groups.items()
-        if "*" in pattern and len(group) > 1 and sum(c.flops for c in group) > _MIN_SHARE * total
-    }
-
-
-def _should_descend(pattern: str, groups: dict[str, list[_Call]], equations: Sequence[Equation]) -> bool:
-    group = groups[pattern]
-    signatures = {_signature(equations[c.first : c.last + 1]) for c in group}
-    if len(signatures) < len(group):
-        return False
-    work = sum(c.flops for c in group)
-    return any(
-        pattern in _enclosing(inner) and len(inner) > len(group) and sum(c.flops for c in inner) > _INNER_SHARE * work
-        for inner in groups.values()
-    )
-
-
-def _enclosing(group: Sequence[_Call]) -> set[str]:
-    return {pattern for call in group for pattern in call.outer}
-
-
-def _pattern(path: str) -> str:
-    return re.sub(r"\d+", "*", path)
-
-
-def matmul_flops(equation: Equation) -> int:
-    """Return the FLOP of a matrix product or convolution (2 per multiply-add), 0 for any other equation."""
-    if equation.name not in ("dot_general", "conv_general_dilated"):
-        return 0
-    numbers = equation.eqn.params["dimension_numbers"]
-    left, right, made = (abstract(v.aval).shape for v in [*equation.inputs, *equation.outputs])
-    if equation.name == "dot_general":
-        summed = [left[dim] for dim in numbers[0][0]]
-    else:
-        summed = [size for dim, size in enumerate(right) if dim != numbers.rhs_spec[0]]
-    flops: int = 2 * math.prod(made) * math.prod(summed)
-    return flops
+def _share(flow: Flow, pieces: Sequence[Piece]) -> float:
+    return sum(flow.flops(piece.first, piece.stop) for piece in pieces) / max(flow.total_flops, 1)
 
 
 # ------------------------------------------------------------------------------------------------- pieces to segments
-def _segments(program: Program, pieces: Sequence[tuple[str, str, int, int]]) -> list[Segment]:
-    last_use = _last_uses(program, [piece[2:] for piece in pieces])
-    known: dict[str, tuple[str, ClosedJaxpr]] = {}
-    per_pattern: dict[str, int] = {}
-    segments = []
-    for index, (pattern, name, first, stop) in enumerate(pieces):
-        equations = program.equations[first:stop]
-        inputs = _free_variables(equations)
+@dataclasses.dataclass(slots=True)
+class _Part:
+    """A piece with what it reads and makes."""
+
+    piece: Piece
+    equations: list[Equation]
+    inputs: list[Variable]
+    outputs: list[Variable]
+    tied: frozenset[int]
+    shape: tuple[Any, ...]
+    """Equal for segments of one kind."""
+
+
+def _segments(flow: Flow, program: Program, layers: Sequence[Piece]) -> list[Segment]:
+    pieces = cover(flow, layers)
+    last_use = _last_uses(program, pieces)
+    held: set[Variable] = set()
+    parameters = set(program.inputs[: program.weights])
+    parts = []
+    for index, piece in enumerate(pieces):
+        equations = list(program.equations[piece.first : piece.stop])
         outputs = [v for e in equations for v in e.outputs if last_use.get(v, -1) > index]
-        key = _signature(equations) + str([_slot(equations, v) for v in outputs])
-        if key not in known:
-            number = per_pattern.setdefault(pattern, 0)
-            per_pattern[pattern] += 1
-            kind = pattern if number == 0 else f"{pattern}#{number + 1}"
-            known[key] = (kind, _rebuild(equations, inputs, outputs))
-        kind, closed = known[key]
-        segments.append(Segment(kind, name, inputs, outputs, closed))
-    return segments
+        inputs = _free_variables(equations)
+        tied = frozenset(i for i, v in enumerate(inputs) if v in held)
+        held.update(parameters.intersection(inputs))
+        roles = tuple(v in parameters for v in inputs)
+        form: Skeleton = skeleton(flow.keys[piece.first : piece.stop], equations)
+        shape = (form, tuple(_slots(equations, outputs)), roles, tied)
+        parts.append(_Part(piece, equations, inputs, outputs, tied, shape))
+    kinds: dict[tuple[Any, ...], list[_Part]] = {}
+    for part in parts:
+        kinds.setdefault(part.shape, []).append(part)
+    for alike in kinds.values():
+        _lift_literals(program, alike)
+    return _name_kinds(parts, kinds)
 
 
-def _last_uses(program: Program, spans: Sequence[tuple[int, int]]) -> dict[Variable, int]:
-    """Index of the last segment that reads each variable (``len(spans)`` for results of the program)."""
+def _name_kinds(parts: Sequence[_Part], kinds: dict[tuple[Any, ...], list[_Part]]) -> list[Segment]:
+    per_pattern: dict[str, int] = {}
+    known: dict[tuple[Any, ...], tuple[str, ClosedJaxpr]] = {}
+    for shape, (first, *_) in kinds.items():
+        pattern = first.piece.pattern
+        number = per_pattern[pattern] = per_pattern.get(pattern, 0) + 1
+        name = pattern if number == 1 else f"{pattern}#{number}"
+        known[shape] = name, _rebuild(first.equations, first.inputs, first.outputs)
+    return [
+        Segment(known[part.shape][0], part.piece.name, part.inputs, part.outputs, known[part.shape][1], part.tied)
+        for part in parts
+    ]
+
+
+def _lift_literals(program: Program, alike: Sequence[_Part]) -> None:
+    """Make the scalar literals in which alike segments differ into inputs of theirs."""
+    if len(alike) == 1:
+        return
+    columns = zip(*(part.equations for part in alike), strict=True)
+    lifted = False
+    for equations in columns:
+        for slot, atoms in enumerate(zip(*(e.inputs for e in equations), strict=True)):
+            if isinstance(atoms[0], Literal) and len({str(atom.val) for atom in atoms}) > 1:
+                lifted = True
+                for equation, atom in zip(equations, atoms, strict=True):
+                    equation.inputs[slot] = variable = Variable(atom.aval)
+                    program.constants[variable] = np.asarray(atom.val, atom.aval.dtype)
+    if lifted:
+        for part in alike:
+            free = _free_variables(part.equations)
+            tied = {part.inputs[i] for i in part.tied}
+            part.inputs, part.tied = free, frozenset(i for i, v in enumerate(free) if v in tied)
+
+
+def _last_uses(program: Program, pieces: Sequence[Piece]) -> dict[Variable, int]:
+    """Index of the last segment that reads each variable (``len(pieces)`` for results of the program)."""
     last: dict[Variable, int] = {}
-    for index, (first, stop) in enumerate(spans):
-        for equation in program.equations[first:stop]:
+    for index, piece in enumerate(pieces):
+        for equation in program.equations[piece.first : piece.stop]:
             last.update((v, index) for v in equation.inputs if isinstance(v, Variable))
-    last.update((v, len(spans)) for v in program.outputs if isinstance(v, Variable))
+    last.update((v, len(pieces)) for v in program.outputs if isinstance(v, Variable))
     return last
 
 
@@ -195,29 +187,10 @@ def _free_variables(equations: Sequence[Equation]) -> list[Variable]:
     return list(free)
 
 
-def _slot(equations: Sequence[Equation], variable: Variable) -> tuple[int, int]:
-    """Where a segment defines ``variable``: (equation, output)."""
-    for position, equation in enumerate(equations):
-        if variable in equation.outputs:
-            return position, equation.outputs.index(variable)
-    raise AssertionError("an output is defined in its segment")
-
-
-def _signature(equations: Sequence[Equation]) -> str:
-    """Hash of primitives, parameters, shapes and wiring: equal for equal layers."""
-    numbers: dict[Variable, int] = {}
-    digest = hashlib.sha256()
-
-    def label(atom: Variable | Literal) -> str:
-        if isinstance(atom, Literal):
-            return f"{atom.val}:{atom.aval.str_short()}"
-        return f"{numbers.setdefault(atom, len(numbers))}:{atom.aval.str_short()}"
-
-    for equation in equations:
-        params = re.sub(r" at 0x[0-9a-f]+", "", str(equation.eqn.params))
-        atoms = [label(v) for v in equation.inputs] + ["->"] + [label(v) for v in equation.outputs]
-        digest.update(f"{equation.name}{params}{atoms}\n".encode())
-    return digest.hexdigest()[:16]
+def _slots(equations: Sequence[Equation], wanted: Sequence[Variable]) -> list[tuple[int, int]]:
+    """Where a segment defines each of ``wanted``: (equation, output)."""
+    made = {v: (position, slot) for position, e in enumerate(equations) for slot, v in enumerate(e.outputs)}
+    return [made[v] for v in wanted]
 
 
 def _rebuild(equations: Sequence[Equation], inputs: list[Variable], outputs: list[Variable]) -> ClosedJaxpr:

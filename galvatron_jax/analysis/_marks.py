@@ -1,167 +1,132 @@
-"""Trace a user's loss once, abstractly, with every module call inside a named scope that carries its path.
+"""Marks: while a loss is traced, every module call opens a named scope that carries the module's path.
 
-NNX has no interception hook, so ``__call__`` of the classes in the model's graph is replaced for the duration of the
-trace (what ``flax.nnx.tabulate`` does), under a lock, and always put back. Instances are known by a static attribute on
-a *private* copy: NNX transforms re-merge submodules, so object ids change, but static attributes survive. The user's
-object is never touched. ``jax.nn.dot_product_attention`` is marked the same way, so that the cost model knows where a
-fused kernel may stand.
+    mark@layers.3@17@           call number 17, of ``layers.3``
+    mark@layers.3:encode@18@    the same module, through another public method
+
+Linen has a hook for it (``nn.intercept_methods``). NNX has none, so the methods of the classes in the model's graph are
+replaced for the duration of the trace (what ``flax.nnx.tabulate`` does), under a lock, and always put back; calls from
+other threads, and of objects that are not the traced copy, go straight to the original. Calls of
+``jax.nn.dot_product_attention`` are marked the same way, so that the cost model knows where a fused kernel may stand.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType
 from typing import Any
 
 import jax
-from flax import nnx
-from jax.extend.core import ClosedJaxpr
+from flax import linen as nn
 
-from ..errors import AnalysisError
-from ._jaxpr import abstract
+from ._read_nnx import PATH_ATTRIBUTE
 
 ATTENTION = "sdpa@"
 """Scope text around an attention call; ``sdpa@causal`` when it is causal."""
 
-PATH_ATTRIBUTE = "_galvatron_path"
-"""Static attribute that names a module of the private copy."""
-
-Loss = Callable[[Any, Any], Any]
-"""``loss(model, batch) -> scalar`` (or a tuple whose first entry is the scalar)."""
+MARK = re.compile(r"mark@([^@]*)@(\d+)@")
+"""Scope text of one module call: path (and method), and call number."""
 
 _LOCK = threading.Lock()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Trace:
-    """A traced loss: ``program(parameters, state, batch) -> (loss, new state)`` over flat leaves."""
+@dataclasses.dataclass(slots=True)
+class Calls:
+    """What happens to the marked calls of one trace."""
 
-    program: ClosedJaxpr
-    graph: Any
-    """NNX graph definition of the model without marks: merges leaves back into the user's module."""
-    parameters: Any
-    """Abstract state of the trained leaves, a pytree."""
-    state: Any
-    """Abstract state of all other leaves (RNG counters, statistics), a pytree."""
-    batch: Any
-    """Abstract batch, a pytree."""
-    paths: tuple[str, ...]
-    """Dotted path of each parameter leaf, in leaf order."""
+    thread: int
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    failed: str | None = None
+    """Path of the innermost call that raised."""
 
+    def is_mine(self) -> bool:
+        """Tell whether the current call belongs to this trace."""
+        return threading.get_ident() == self.thread
 
-def abstract_model(model: Any) -> nnx.Module:
-    """Return an NNX model with abstract leaves, from a module or from a function that builds one.
-
-    Raises:
-        AnalysisError: ``model`` is neither.
-    """
-    if isinstance(model, nnx.Module):
-        graph, state = nnx.split(model)
-        return nnx.merge(graph, jax.tree.map(abstract, state))
-    if callable(model):
-        built = nnx.eval_shape(model)
-        if isinstance(built, nnx.Module):
-            return built
-        model = built
-    raise AnalysisError(
-        f"got a {type(model).__module__}.{type(model).__name__}",
-        expected="a flax.nnx.Module, or a function without arguments that builds one",
-        where="model",
-        action="pass the module itself or `lambda: Model(...)` (Linen models come in a later version)",
-    )
+    @contextlib.contextmanager
+    def scope(self, path: str, method: str) -> Iterator[None]:
+        """Mark one call."""
+        text = path if method == "__call__" else f"{path}:{method}"
+        try:
+            with jax.named_scope(f"mark@{text}@{next(self.numbers)}@"):
+                yield
+        except Exception:
+            self.failed = self.failed or path
+            raise
 
 
-def trace_loss(model: nnx.Module, loss: Loss, batch: Any) -> Trace:
-    """Trace ``loss(model, batch)`` at the shapes of ``batch`` (one microbatch).
+@contextlib.contextmanager
+def marked_calls(classes: Iterable[type]) -> Iterator[Calls]:
+    """Mark all module calls of this thread while the context lasts.
 
     Args:
-        model: A module, concrete or abstract; not modified.
-        loss: The user's loss.
-        batch: A pytree of arrays or ``jax.ShapeDtypeStruct``.
-
-    Raises:
-        AnalysisError: the loss cannot be traced, or does not return a scalar.
+        classes: NNX classes whose instances carry ``PATH_ATTRIBUTE``; Linen modules need no list.
     """
-    marked, classes = _marked_copy(model)
-    graph, parameters, state = split_parameters(marked)
-    clean_graph, _, _ = split_parameters(model)
-    parameters, state, batch = jax.tree.map(abstract, (parameters, state, batch))
-
-    def run(parameters: Any, state: Any, batch: Any) -> Any:
-        module = nnx.merge(graph, parameters, state)
-        value = loss(module, batch)
-        value = value[0] if isinstance(value, tuple) else value
-        return value, nnx.state(module, nnx.Not(nnx.Param))
-
-    with _LOCK, _scoped_calls(classes), _scoped_attention():
-        try:
-            program, (value, _) = jax.make_jaxpr(run, return_shape=True)(parameters, state, batch)
-        except Exception as error:
-            raise AnalysisError(
-                f"the loss cannot be traced: {type(error).__name__}: {str(error).splitlines()[0]}",
-                expected="loss(model, batch) that runs under jax.jit",
-                where=getattr(loss, "__name__", "loss"),
-                action="run jax.eval_shape on it to see where it stops",
-            ) from error
-    if value.shape != ():
-        raise AnalysisError(
-            f"the loss has shape {value.shape}", expected="a scalar", where="loss", action="take its mean"
-        )
-    paths = tuple(_dotted(path) for path, _ in jax.tree_util.tree_flatten_with_path(parameters)[0])
-    return Trace(program, clean_graph, parameters, state, batch, paths)
+    with _LOCK:
+        calls = Calls(threading.get_ident())
+        with _nnx_methods(classes, calls), nn.intercept_methods(_linen_interceptor(calls)), _attention(calls):
+            yield calls
 
 
-def split_parameters(model: nnx.Module) -> tuple[Any, Any, Any]:
-    """Return (graph definition, trained leaves, all other leaves) of a module."""
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]  # flax types its variadic result
-    return graph, parameters, rest
-
-
-def _marked_copy(model: nnx.Module) -> tuple[nnx.Module, set[type]]:
-    copy = nnx.merge(*nnx.split(model))
-    classes: set[type] = set()
-    for path, node in nnx.iter_graph(copy):
-        if isinstance(node, nnx.Module) and path:
-            classes.update(c for c in type(node).__mro__ if "__call__" in c.__dict__ and c is not nnx.Module)
-            setattr(node, PATH_ATTRIBUTE, ".".join(map(str, path)))
-    return copy, classes
-
-
+# ----------------------------------------------------------------------------------------------------------------- NNX
 @contextlib.contextmanager
-def _scoped_calls(classes: set[type]) -> Iterator[None]:
-    """Open a named scope in each module call while the context lasts."""
-    numbers = itertools.count()
-    originals = {cls: cls.__dict__["__call__"] for cls in classes}
-
-    def scoped(original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            path = getattr(self, PATH_ATTRIBUTE, None)
-            if path is None:
-                return original(self, *args, **kwargs)
-            with jax.named_scope(f"mark@{path}@{next(numbers)}@"):
-                return original(self, *args, **kwargs)
-
-        return call
-
+def _nnx_methods(classes: Iterable[type], calls: Calls) -> Iterator[None]:
+    originals = [(cls, name, value) for cls in classes for name, value in cls.__dict__.items() if _is_call(name, value)]
     try:
-        for cls, original in originals.items():
-            cls.__call__ = scoped(original)  # type: ignore[method-assign]
+        for cls, name, method in originals:
+            setattr(cls, name, _scoped(method, name, calls))
         yield
     finally:
-        for cls, original in originals.items():
-            cls.__call__ = original  # type: ignore[method-assign]
+        for cls, name, method in originals:
+            setattr(cls, name, method)
 
 
+def _is_call(name: str, method: Any) -> bool:
+    """``__call__`` in any form (``nnx.jit`` makes it an object), and public methods."""
+    is_transformed = callable(method) and hasattr(method, "__get__") and not isinstance(method, (type, FunctionType))
+    return name == "__call__" or (not name.startswith("_") and (isinstance(method, FunctionType) or is_transformed))
+
+
+def _scoped(original: Callable[..., Any], name: str, calls: Calls) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path = getattr(self, PATH_ATTRIBUTE, None)
+        if path is None or not calls.is_mine():
+            return original(self, *args, **kwargs)
+        with calls.scope(path, name):
+            return original(self, *args, **kwargs)
+
+    return call
+
+
+# --------------------------------------------------------------------------------------------------------------- Linen
+def _linen_interceptor(calls: Calls) -> Callable[..., Any]:
+    def intercept(method: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        path, name = ".".join(context.module.path), context.method_name
+        if not path or name == "setup" or (name.startswith("_") and name != "__call__"):
+            return method(*args, **kwargs)
+        with calls.scope(path, name):
+            return method(*args, **kwargs)
+
+    return intercept
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
 @contextlib.contextmanager
-def _scoped_attention() -> Iterator[None]:
-    """Mark calls of ``jax.nn.dot_product_attention``; without a GPU trace cuDNN calls in their XLA form."""
+def _attention(calls: Calls) -> Iterator[None]:
+    """Mark attention; without a GPU trace cuDNN calls in their XLA form."""
     original = jax.nn.dot_product_attention
     has_gpu = jax.default_backend() == "gpu"
 
+    @functools.wraps(original)
     def scoped(*args: Any, **kwargs: Any) -> Any:
+        if not calls.is_mine():
+            return original(*args, **kwargs)
         if kwargs.get("implementation") == "cudnn" and not has_gpu:
             kwargs["implementation"] = "xla"
         with jax.named_scope(ATTENTION + "causal" * bool(kwargs.get("is_causal"))):
@@ -172,9 +137,3 @@ def _scoped_attention() -> Iterator[None]:
         yield
     finally:
         jax.nn.dot_product_attention = original
-
-
-def _dotted(path: tuple[Any, ...]) -> str:
-    """``layers.0.attention.query.kernel`` from a key path (the final ``value`` of an NNX variable left out)."""
-    words = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-    return ".".join(words[:-1] if words[-1] == "value" else words)

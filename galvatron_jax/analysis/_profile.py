@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from ..profile import BATCH, SEQ, LayerKind, LayerRun, ModelProfile
+from ._batch import abstract_batch, sample_count
 from ._cut import Cut, Segment, cut_layers
-from ._flatten import Variable, flatten, holds_marks
-from ._jaxpr import is_differentiable
+from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
+from ._flow import trained_values
 from ._kind import AnalysedKind, analyse_kind
-from ._marks import ATTENTION, Loss, Trace, abstract_model, trace_loss
+from ._marks import ATTENTION
+from ._read import read_model
+from ._rows import Rows
+from ._trace import Trace, trace_loss
+from ._user_model import Loss
 
 VariableNames = dict[Variable, list[list[str | None]]]
 """Class names of boundary values, by dimension and factor."""
@@ -30,24 +36,36 @@ class Analysis:
     profile: ModelProfile
 
 
-def analyse_model(model: Any, loss: Loss, batch: Any, *, name: str = "model", source: str = "") -> Analysis:
+def analyse_model(
+    model: Any, loss: Loss, batch: Any, *, name: str | None = None, source: str = "", layers: str | None = None
+) -> Analysis:
     """Analyse ``loss(model, batch)`` abstractly: no device, no parameter memory.
 
     Args:
-        model: A ``flax.nnx.Module``, or a function that builds one.
-        loss: ``loss(model, batch)``, a scalar.
+        model: A ``flax.nnx.Module``; a ``flax.linen.Module``, bound or not; a pytree of parameters; or a function that
+            builds one of them.
+        loss: ``loss(model, batch)``, a scalar, or a tuple whose first entry is one. A Linen module arrives bound.
         batch: A pytree of arrays or ``jax.ShapeDtypeStruct`` at the shape of one microbatch (samples over all devices);
-            dimension 0 of each leaf is the batch.
-        name: Name of the model in documents.
+            dimension 0 of its leaves is the batch (see ``Trace.has_samples``).
+        name: Name of the model in documents; the class of the model by default.
         source: Where the profile comes from, for its ``source`` field.
+        layers: The repeated blocks, where the analysis should not look for them: ``"model.layers.*"``.
 
     Raises:
-        AnalysisError: the model or loss cannot be traced.
+        AnalysisError: the model or loss cannot be traced, or ``layers`` names nothing.
     """
-    trace = trace_loss(abstract_model(model), loss, batch)
-    cut = cut_layers(flatten(trace.program, holds_marks, weights=len(trace.paths)))
+    batch = abstract_batch(batch, sample_count(batch) or 0)
+    read = read_model(model, loss, batch)
+    trace = trace_loss(read, batch, where=getattr(loss, "__name__", "loss"))
+    counts = {"weights": len(read.paths), "states": len(read.roles)}
+    cut = cut_layers(
+        flatten(trace.program, holds_marks, **counts),
+        lambda: flatten(trace.program, is_plain_call_or_layers, **counts),
+        layers=layers,
+    )
+    trace = dataclasses.replace(trace, rows=Rows.of(read, cut.source.stacks))
     kinds = _analyse_kinds(trace, cut)
-    return Analysis(trace, cut, kinds, _profile(name, source, trace, cut, kinds))
+    return Analysis(trace, cut, kinds, _profile(name or read.name, source, trace, cut, kinds))
 
 
 def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
@@ -106,19 +124,17 @@ def parameter_paths(trace: Trace, cut: Cut) -> dict[Variable, str]:
 
 def trained_variables(cut: Cut, parameters: set[Variable]) -> set[Variable]:
     """Return all differentiable values that depend on a parameter, parameters included."""
-    found = set(parameters)
-    for equation in cut.source.equations:
-        if equation.name != "stop_gradient" and any(isinstance(v, Variable) and v in found for v in equation.inputs):
-            found.update(v for v in equation.outputs if is_differentiable(v.aval.dtype))
-    return found
+    return trained_values(cut.source, parameters)
 
 
 def _batch_names(trace: Trace, cut: Cut) -> VariableNames:
     """Dimension 0 of every batch leaf is ``batch``; dimension 1 of a leaf with two or three is ``seq``."""
-    leaves = len(jax.tree.leaves(trace.batch))
+    leaves = len(trace.has_samples)
     names: VariableNames = {}
-    for variable in cut.source.inputs[-leaves:] if leaves else []:
+    for variable, has_samples in zip(cut.source.inputs[-leaves:], trace.has_samples, strict=True) if leaves else []:
         shape = variable.aval.shape
+        if not has_samples:
+            continue
         known: list[str | None] = [BATCH, SEQ if len(shape) <= 3 else None, *[None] * len(shape)]
         names[variable] = [[name] if size > 1 else [] for name, size in zip(known, shape, strict=False)]
     return names
@@ -131,7 +147,9 @@ def _hand_down(segment: Segment, kind: AnalysedKind, names: VariableNames) -> No
 
 
 def _inner_path(path: str, segment: Segment) -> str:
-    return path.removeprefix(segment.name + ".")
+    """Path inside the layer: of ``layers.3.kernel`` and, of a stack, ``layers.kernel[3]`` the same ``kernel``."""
+    inner = path.removeprefix(re.sub(r"\[\d+\]", "", segment.name) + ".")
+    return inner if inner == path else re.sub(r"\[\d+\]$", "", inner)
 
 
 def _structure(runs: Sequence[LayerRun], kinds: Sequence[LayerKind]) -> str:

@@ -82,9 +82,13 @@ def test_block_that_calls_its_base_class_is_one_layer() -> None:
     assert sum(len(s.program.jaxpr.eqns) for s in cut.segments) == len(cut.source.equations)
 
 
-def test_stacked_blocks_are_unrolled_but_do_not_share_a_kind() -> None:
-    """A known limit: each layer slices the stacked weights at an index of its own, which makes a kind of its own."""
-    assert kinds(SMALL_MODELS["scan"]()) == ["embed", "blocks[*]", "blocks[*]#2", "blocks[*]#3", "head"]
+def test_stacked_blocks_are_taken_apart() -> None:
+    analysis = analyse(SMALL_MODELS["scan"]())
+    assert [s.kind for s in analysis.cut.segments] == ["blocks[*]"] * 3 + ["head"]
+    kernels = [path for path in analysis.trace.paths if path.startswith("blocks.up.kernel")]
+    assert kernels == [f"blocks.up.kernel[{row}]" for row in range(3)]
+    (up,) = [p for p in analysis.profile.kind("blocks[*]").parameters if p.path == "up.kernel"]
+    assert up.dims == (("embed",), ("mlp",))
 
 
 def test_jitted_module_call_is_opened() -> None:
@@ -132,14 +136,15 @@ def test_segments_in_order_have_loss_gradients_and_state_of_the_original(name: s
     parameters, state = jax.jit(lambda: split_parameters(model.build())[1:], compiler_options=FAST_COMPILE)()
 
     def original(parameters: Any, state: Any) -> tuple[jax.Array, Any]:
-        # A fresh copy of the state: NNX variables may only be changed at the trace level that made them.
-        module = nnx.merge(analysis.trace.graph, parameters, jax.tree.map(lambda x: x, state))
-        return model.loss(module, batch), jax.tree.leaves(nnx.state(module, nnx.Not(nnx.Param)))
+        value, state = analysis.trace.model.run(parameters, state, batch)
+        return value, jax.tree.leaves(state)
 
     def cut(parameters: Any, state: Any) -> tuple[jax.Array, Any]:
-        leaves = [leaf for tree in (parameters, state, batch) for leaf in jax.tree.leaves(tree)]
+        rows = analysis.trace.rows
+        leaves = [leaf for tree in (*rows.apart(parameters, state), batch) for leaf in jax.tree.leaves(tree)]
         loss, *new_state = _run_segments(analysis, leaves)
-        return loss, new_state
+        state = jax.tree.unflatten(jax.tree.structure(rows.state), new_state)
+        return loss, jax.tree.leaves(rows.together(rows.parameters, state)[1])
 
     both = [jax.value_and_grad(function, has_aux=True) for function in (original, cut)]
     compiled = jax.jit(lambda *trees: [function(*trees) for function in both], compiler_options=FAST_COMPILE)

@@ -8,13 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
-from galvatron_jax.analysis._flatten import MARK
+from galvatron_jax.analysis import Loss
 from galvatron_jax.analysis._jaxpr import inner_programs, open_program, scope_of
-from galvatron_jax.analysis._marks import ATTENTION, PATH_ATTRIBUTE, Trace, abstract_model, trace_loss
+from galvatron_jax.analysis._marks import ATTENTION, MARK
+from galvatron_jax.analysis._read import read_model
+from galvatron_jax.analysis._read_nnx import PATH_ATTRIBUTE
+from galvatron_jax.analysis._trace import Trace, trace_loss
 from galvatron_jax.errors import AnalysisError
 from galvatron_jax.models import Llama, LlamaConfig
 from tests.support.small_models import Perceptron, SmallModel, perceptrons, small_llama, transformers
@@ -23,7 +25,11 @@ CLASSES = (Llama, nnx.Linear, nnx.Embed, nnx.LayerNorm, nnx.MultiHeadAttention, 
 
 
 def trace(model: SmallModel) -> Trace:
-    return trace_loss(abstract_model(model.build), model.loss, model.abstract_batch)
+    return trace_of(model.build, model.loss, model.abstract_batch)
+
+
+def trace_of(model: Any, loss: Loss, batch: Any) -> Trace:
+    return trace_loss(read_model(model, loss, batch), batch, where=loss.__name__)
 
 
 def scopes(program: Any) -> Iterator[str]:
@@ -55,7 +61,7 @@ def test_attention_calls_are_marked(causal: bool, scope: str) -> None:
     def loss(model: Any, x: jax.Array) -> Any:
         return jnp.mean(jax.nn.dot_product_attention(x, x, x, is_causal=causal)) + model(jnp.zeros(8)).mean()
 
-    traced = trace_loss(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), loss, jax.ShapeDtypeStruct((2, 4, 2, 8), jnp.float32))
+    traced = trace_of(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), loss, jax.ShapeDtypeStruct((2, 4, 2, 8), jnp.float32))
     found = {text for text in scopes(traced.program) if ATTENTION in text}
     assert found
     assert all(f"{scope}/" in f"{text}/" for text in found)
@@ -64,8 +70,7 @@ def test_attention_calls_are_marked(causal: bool, scope: str) -> None:
 def test_cudnn_attention_is_traced_without_a_gpu() -> None:
     config = LlamaConfig(vocab=64, embed=32, mlp=48, layers=1, heads=4, kv_heads=4, seq=8, attention="cudnn")
     tokens = jax.ShapeDtypeStruct((2, 9), jnp.int32)
-    model = abstract_model(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    traced = trace_loss(model, small_llama().loss, tokens)
+    traced = trace_of(lambda: Llama(config, rngs=nnx.Rngs(0)), small_llama().loss, tokens)
     assert any(ATTENTION + "causal" in scope for scope in scopes(traced.program))
 
 
@@ -88,7 +93,7 @@ def test_classes_and_functions_are_put_back_when_the_loss_raises() -> None:
 
     model, before = small_llama(), _originals()
     with pytest.raises(AnalysisError, match="the loss cannot be traced: ValueError: no loss") as caught:
-        trace_loss(abstract_model(model.build), broken, model.abstract_batch)
+        trace_of(model.build, broken, model.abstract_batch)
     assert "broken" in str(caught.value)
     assert all(a is b for a, b in zip(before, _originals(), strict=True))
 
@@ -98,7 +103,7 @@ def test_user_object_is_untouched() -> None:
     module = model.build()
     leaves = jax.tree.leaves(nnx.state(module))
     attributes = {path: set(vars(node)) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
-    trace_loss(module, model.loss, model.batch)
+    trace_of(module, model.loss, model.batch)
     after = {path: set(vars(node)) for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
     assert after == attributes
     assert not any(PATH_ATTRIBUTE in names for names in after.values())
@@ -108,13 +113,13 @@ def test_user_object_is_untouched() -> None:
 
 def test_graph_of_the_trace_has_no_marks() -> None:
     traced = trace(perceptrons(1))
-    module = nnx.merge(traced.graph, traced.parameters, traced.state)
+    module = traced.model.restore(traced.parameters, traced.state)
     assert not any(hasattr(node, PATH_ATTRIBUTE) for _, node in nnx.iter_graph(module) if isinstance(node, nnx.Module))
 
 
 def test_concrete_and_abstract_model_give_the_same_program() -> None:
     model = transformers(dropout=0.1)
-    concrete = trace_loss(model.build(), model.loss, model.batch)
+    concrete = trace_of(model.build(), model.loss, model.batch)
     assert str(concrete.program) == str(trace(model).program)
 
 
@@ -138,23 +143,23 @@ def test_two_threads_trace_at_once() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ bad input
 @pytest.mark.parametrize(
-    "model", [pytest.param(3, id="number"), pytest.param(lambda: {"w": np.ones(3)}, id="function without module")]
+    "model", [pytest.param(3, id="number"), pytest.param(lambda: {"w": "x"}, id="function without arrays")]
 )
-def test_abstract_model_of_something_else_says_what_it_wants(model: Any) -> None:
-    with pytest.raises(AnalysisError, match=r"flax\.nnx\.Module"):
-        abstract_model(model)
+def test_model_of_another_kind_says_what_is_wanted(model: Any) -> None:
+    with pytest.raises(AnalysisError, match=r"got a .*expected a flax\.nnx\.Module"):
+        read_model(model, small_llama().loss, small_llama().batch)
 
 
 def test_loss_that_is_no_scalar_is_refused() -> None:
     model = perceptrons(1)
     with pytest.raises(AnalysisError, match=r"shape \(4, 16, 32\)"):
-        trace_loss(abstract_model(model.build), lambda module, batch: module(batch), model.abstract_batch)
+        trace_of(model.build, lambda module, batch: module(batch), model.abstract_batch)
 
 
 def test_loss_with_auxiliary_results_is_its_first_entry() -> None:
     model = perceptrons(1)
-    traced = trace_loss(
-        abstract_model(model.build),
+    traced = trace_of(
+        model.build,
         lambda module, batch: (model.loss(module, batch), {"extra": 1}),
         model.abstract_batch,
     )

@@ -1,5 +1,5 @@
 # mypy: disable-error-code=no-any-return
-"""ALBERT: one block, called several times."""
+"""ALBERT: one block, called several times; from the second call on its weights are tied, which is a kind of its own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,12 @@ class LinenAlbert(nn.Module):
 
 CASES = {
     "albert": lambda: Case(
-        lambda: Albert(rngs=nnx.Rngs(0)), language_model, tokens(), (("embed", 1), ("block", 3), ("head", 1))
+        lambda: Albert(rngs=nnx.Rngs(0)),
+        language_model,
+        tokens(),
+        (("embed", 1), ("block", 1), ("block#2", 2), ("head", 1)),
     ),
-    "albert linen": lambda: Case(LinenAlbert, language_model, tokens(), (("embed", 1), ("shared", 3), ("head", 1))),
+    "albert linen": lambda: Case(
+        LinenAlbert, language_model, tokens(), (("embed", 1), ("shared", 1), ("shared#2", 2), ("head", 1))
+    ),
 }

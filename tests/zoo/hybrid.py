@@ -77,7 +77,7 @@ CASES = {
         lambda: Hybrid(rngs=nnx.Rngs(0)),
         classify,
         labelled_images(),
-        (("embed", 1), ("convs.*", 2), ("blocks.*", 2), ("head", 1)),
+        (("embed", 1), ("convs.*", 2), ("bridge", 1), ("blocks.*", 2), ("head", 1)),
         state=True,
         tolerance=1e-4,  # dividing by the deviation of few values multiplies rounding
     ),

@@ -82,6 +82,14 @@ CASES = {
         lambda: Swin(rngs=nnx.Rngs(0)),
         classify,
         labelled_images(),
-        (("embed", 1), (BLOCK, 1), (f"{BLOCK}#2", 1), (f"{BLOCK}#3", 1), (f"{BLOCK}#4", 1), ("head", 1)),
+        (
+            ("embed", 1),
+            (BLOCK, 1),
+            (f"{BLOCK}#2", 1),  # shifted
+            ("bridge", 1),  # patches merge
+            (f"{BLOCK}#3", 1),
+            (f"{BLOCK}#4", 1),
+            ("head", 1),
+        ),
     )
 }

@@ -167,10 +167,13 @@ class LinenT5(nn.Module):
         return self.shared.attend(self.decoder(self.shared(target), memory, nn.make_causal_mask(target, dtype=bool)))
 
 
-LAYERS = (("embed", 1), ("encoder.*", 2), ("decoder.*", 2), ("head", 1))
+LAYERS = (("embed", 1), ("encoder.*", 2), ("bridge", 1), ("decoder.*", 2), ("head", 1))
 CASES = {
     "t5": lambda: Case(lambda: T5(rngs=nnx.Rngs(0)), translate, batch(), LAYERS),
     "t5 linen": lambda: Case(
-        LinenT5, translate, batch(), (("embed", 1), ("encoder.block_*", 2), ("decoder.block_*", 2), ("head", 1))
+        LinenT5,
+        translate,
+        batch(),
+        (("embed", 1), ("encoder.block_*", 2), ("bridge", 1), ("decoder.block_*", 2), ("head", 1)),
     ),
 }
