@@ -14,7 +14,7 @@ import msgspec
 import optax
 
 from ._document import encode
-from .analysis import Analysis, Loss, abstract_batch, analyse_model, sample_count
+from .analysis import Analysis, Loss, abstract_batch, analyse_model, disagreeing_samples, sample_count
 from .cluster import Cluster
 from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
@@ -267,11 +267,11 @@ class ShardedModel:
 
 
 def _batch_size(batch: Any) -> int:
-    samples = sample_count(batch)
-    if samples is None:
+    samples, sizes = sample_count(batch), disagreeing_samples(batch)
+    if samples is None or sizes:
         raise PlanError(
-            "got a batch without arrays that have a dimension",
-            expected="arrays whose dimension 0 is the global batch",
+            f"got batch leaves with {sizes} samples",
+            expected="arrays that agree in dimension 0, the global batch",
             where="batch",
             action="pass a pytree of arrays such as {'inputs': ..., 'targets': ...}",
         )

@@ -3,6 +3,7 @@
 from . import _rules as _rules  # registers the dimension rules
 from . import _rules_parts as _rules_parts
 from ._batch import abstract_batch as abstract_batch
+from ._batch import disagreeing_samples as disagreeing_samples
 from ._batch import sample_count as sample_count
 from ._cut import Segment as Segment
 from ._dimensions import Rule as Rule

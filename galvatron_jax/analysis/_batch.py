@@ -1,7 +1,8 @@
 """Batches: which leaves hold samples, and how large one microbatch is.
 
-Dimension 0 of a leaf is the batch when it has the size that most leaves begin with. All other leaves (class weights,
-positions, a temperature, a random key) are the same for every sample: each microbatch and device is given them whole.
+Dimension 0 of a leaf is the batch when it has the size that most leaves begin with; of two sizes that are equally
+common, the one of the leaves with more elements. All other leaves (class weights, positions, a temperature, a random
+key) are the same for every sample: each microbatch and device is given them whole.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ from ._jaxpr import abstract
 
 
 def sample_count(batch: Any) -> int | None:
-    """Return the number of samples of a batch, None when no leaf has a dimension.
-
-    Of two sizes that are equally common, the one that comes first.
-    """
+    """Return the number of samples of a batch, None when no leaf has a dimension."""
     return _common_size(jax.tree.leaves(batch))
 
 
@@ -29,6 +27,13 @@ def which_have_samples(batch: Any) -> tuple[bool, ...]:
     leaves = jax.tree.leaves(batch)
     size = _common_size(leaves)
     return tuple(_may_have_samples(leaf) and leaf.shape[0] == size for leaf in leaves)
+
+
+def disagreeing_samples(batch: Any) -> list[int]:
+    """Return the sizes of dimension 0 of leaves that differ in nothing else: one of them must be a mistake."""
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(batch) if _may_have_samples(leaf)}
+    tails = Counter(shape[1:] for shape in shapes if len(shape) > 1)
+    return sorted({shape[0] for shape in shapes if tails[shape[1:]] > 1})
 
 
 def abstract_batch(batch: Any, samples: int) -> Any:
@@ -43,8 +48,13 @@ def abstract_batch(batch: Any, samples: int) -> Any:
 
 
 def _common_size(leaves: Sequence[Any]) -> int | None:
-    sizes = Counter(int(leaf.shape[0]) for leaf in leaves if _may_have_samples(leaf))
-    return max(sizes, key=lambda size: sizes[size], default=None)
+    counts: Counter[int] = Counter()
+    elements: Counter[int] = Counter()
+    for leaf in leaves:
+        if _may_have_samples(leaf):
+            counts[leaf.shape[0]] += 1
+            elements[leaf.shape[0]] += int(np.prod(leaf.shape))
+    return max(counts, key=lambda size: (counts[size], elements[size]), default=None)
 
 
 def _may_have_samples(leaf: Any) -> bool:

@@ -264,7 +264,7 @@ class StageModel:
 
     def _batch_sharding(self, leaf: int, microbatched: bool) -> NamedSharding:
         variable = program_leaves(self.share.analysis).batch[leaf]
-        if not variable.aval.ndim:
+        if not self.share.analysis.trace.has_samples[leaf]:
             return self.mesh.replicated
         pairs = zip(self.share.segments, self.layouts, strict=True)
         first = next((layout for segment, layout in pairs if variable in segment.inputs), self.layouts[0])

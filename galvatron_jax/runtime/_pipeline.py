@@ -66,7 +66,7 @@ class PipelinePrograms:
         self.stages = [_stage(k, models, cut, ties, plan.microbatches) for k in range(len(models))]
         wiring = wire(models, slices, ties, link)
         self._states = PipelineStates(analysis, cut, self.stages, wiring, link)
-        self._rows = BatchRows(plan.global_batch, plan.microbatches, stacked=True)
+        self._rows = BatchRows(plan.global_batch, plan.microbatches, True, analysis.trace.has_samples)
         self.executor = Executor(
             self.stages,
             plan.slices,
@@ -113,12 +113,12 @@ class PipelinePrograms:
     @functools.cached_property
     def process_rows(self) -> tuple[int, ...]:
         """Rows of the global batch that this process's devices read, ascending."""
-        return self._rows.read_by(place for places in self._batch_places for place in places.values())
+        return self._rows.read_by(item for places in self._batch_places for item in places.items())
 
     def place_batch(self, leaves: Sequence[Any]) -> Batch:
         """Put a global batch, or the rows ``process_rows`` of it, on the devices."""
         return [
-            {i: self._rows.place(leaves[i], place, self.process_rows) for i, place in places.items()}
+            {i: self._rows.place(i, leaves[i], place, self.process_rows) for i, place in places.items()}
             for places in self._batch_places
         ]
 

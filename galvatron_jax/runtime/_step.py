@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from ..analysis import sample_count
 from ._batches import BatchRows
 from ._guard import StepMetrics, guarded, step_metrics
 from ._layout import Role
@@ -123,12 +124,12 @@ class StagePrograms:
     @functools.cached_property
     def process_rows(self) -> tuple[int, ...]:
         """Rows of the global batch that this process's devices read, ascending."""
-        return self._rows.read_by(self._batch_shardings)
+        return self._rows.read_by(enumerate(self._batch_shardings))
 
     def place_batch(self, leaves: list[Any]) -> list[Any]:
         """Put a global batch, or the rows ``process_rows`` of it, on the devices, microbatch by microbatch."""
-        places = zip(leaves, self._batch_shardings, strict=True)
-        return [self._rows.place(leaf, place, self.process_rows) for leaf, place in places]
+        places = enumerate(zip(leaves, self._batch_shardings, strict=True))
+        return [self._rows.place(i, leaf, place, self.process_rows) for i, (leaf, place) in places]
 
     # ------------------------------------------------------------------------------------------------------ programs
     @functools.cached_property
@@ -241,9 +242,9 @@ class StagePrograms:
 
     @functools.cached_property
     def _rows(self) -> BatchRows:
-        leaves = jax.tree.leaves(self.model.share.analysis.trace.batch)
-        samples = next((leaf.shape[0] for leaf in leaves if leaf.ndim), 1)
-        return BatchRows(samples * self.microbatches, self.microbatches, stacked=self.microbatches > 1)
+        trace = self.model.share.analysis.trace
+        samples = sample_count(trace.batch) or 1
+        return BatchRows(samples * self.microbatches, self.microbatches, self.microbatches > 1, trace.has_samples)
 
 
 def _stored_copy(slot: Slot, leaves: Sequence[Any]) -> jax.Array:
