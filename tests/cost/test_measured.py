@@ -75,9 +75,7 @@ def test_measured_hardware_of_the_same_device_counts() -> None:
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_price_of_a_layer_holds_the_measured_seconds(remat: Remat) -> None:
-    tables = [
-        table(what=what, n1=seconds) for what, seconds in (("forward", 3.0), ("backward", 5.0), ("recompute", 2.0))
-    ]
+    tables = [table(what="forward", n1=3.0), table(what="backward", n1=5.0), table(what="recompute", n1=2.0)]
     strategy = Strategy(remat=remat)
     setting = Setting(
         hardware=HARDWARE,
