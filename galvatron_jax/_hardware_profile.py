@@ -72,13 +72,15 @@ class HardwareProfile(Document, frozen=True, kw_only=True):
     fused_attention: bool
     """A fused kernel exists (16-bit dtypes): attention scores never reach memory."""
     kernel_launch_s: NonNegative
-    overlap_slowdown: Annotated[float, msgspec.Meta(ge=1, le=4)]
-    """Factor by which compute is slower while a collective runs beside it."""
+    overlap_slowdown: Annotated[float, msgspec.Meta(ge=1, le=1000)]
+    """Factor by which compute is slower while a collective runs beside it; 1000: compute stands still meanwhile."""
     intra_node: Link
     inter_node: Link
     """Per GPU; all GPUs of a node share the node's network cards evenly."""
     sums_before_reducing: bool
     """The compiler merges all-reduces whose results are only added up (XLA:GPU)."""
+    combines_gathers: bool = True
+    """The compiler makes one all-gather of those of a layer's weights (XLA:GPU); else one for each parameter."""
     collectives: tuple[CollectiveTable, ...] = ()
     sources: dict[str, str] = {}
     """Where each number comes from, by field name."""

@@ -1,0 +1,1 @@
+"""Step times of plans on nodes without machines, predicted and measured; see ``__main__``."""

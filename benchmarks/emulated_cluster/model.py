@@ -8,9 +8,7 @@ from flax import nnx
 
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
 
-CONFIG = LlamaConfig(
-    vocab=1024, embed=256, mlp=1024, layers=4, heads=8, kv_heads=8, seq=128, dtype="float32"
-)
+CONFIG = LlamaConfig(vocab=1024, embed=256, mlp=1024, layers=4, heads=8, kv_heads=8, seq=128, dtype="float32")
 
 
 def small_llama() -> tuple[object, object, object]:

@@ -40,7 +40,9 @@ def main() -> None:
                 steps[name]()
                 times[name].append(time.perf_counter() - start_s)
     # the slowest node's clock is the step's
-    slowest = {name: np.max(multihost_utils.process_allgather(np.array(t)), axis=0).tolist() for name, t in times.items()}
+    slowest = {
+        name: np.max(multihost_utils.process_allgather(np.array(t)), axis=0).tolist() for name, t in times.items()
+    }
     if jax.process_index() == 0:
         Path(OUT).write_text(json.dumps(slowest))
 

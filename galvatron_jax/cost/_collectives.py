@@ -87,7 +87,7 @@ def collective_seconds(kind: CollectiveKind, size_bytes: float, group: Group, ha
     if group.size == 1 or size_bytes == 0:
         return 0.0
     if hardware.collectives:
-        table = nearest_table(hardware, kind, group.size, group.nodes == 1)
+        table = nearest_table(hardware, kind, group.size, group.nodes == 1, group.per_node)
         if table is not None and table.group == group.size:
             return interpolate(table, size_bytes)
         if table is not None and group.nodes == 1:

@@ -16,11 +16,24 @@ from ._memo import remembered
 
 @remembered
 def nearest_table(
-    hardware: HardwareProfile, kind: CollectiveKind, group: int, inside_node: bool
+    hardware: HardwareProfile, kind: CollectiveKind, group: int, inside_node: bool, per_node: int | None = None
 ) -> CollectiveTable | None:
-    """Return the table of ``kind`` whose group size is nearest to ``group`` (in ratio), None when there is none."""
+    """Return the table of ``kind`` that is nearest to a group, None when there is none.
+
+    Args:
+        hardware: With its tables.
+        kind: The collective.
+        group: Members: the nearest in ratio is taken.
+        inside_node: Whether all of them share a node; only such tables count.
+        per_node: Members on each node, of several: with that many, then of unknown placement, before others.
+    """
     found = [t for t in hardware.collectives if t.kind == kind and t.inside_node == inside_node and t.group > 1]
-    return min(found, key=lambda table: abs(math.log(table.group / group)), default=None)
+
+    def distance(table: CollectiveTable) -> tuple[float, int]:
+        elsewhere = 2 if table.per_node is not None else 1
+        return abs(math.log(table.group / group)), 0 if table.per_node == per_node else elsewhere
+
+    return min(found, key=distance, default=None)
 
 
 def interpolate(table: CollectiveTable, size_bytes: float) -> float:

@@ -118,7 +118,8 @@ def weight_work(
         return memory_bound(sums.weight_traffic[phase].at(shares) / (spread.zero_ranks if is_sharded else 1))
 
     def gather(size_bytes: float) -> float:
-        return collective_seconds("all-gather", size_bytes, group, hardware)
+        pieces = 1 if hardware.combines_gathers else max(1, weights.arrays)
+        return pieces * collective_seconds("all-gather", size_bytes / pieces, group, hardware)
 
     reduce_s = _reduction(weights, hardware, spread, accumulates, gpus)
     message_s = message_seconds(weights.tied.stored, hardware.inter_node) if pipelined and weights.tied.stored else 0.0

@@ -6,3 +6,5 @@ profilers wrote on the user's own cluster takes their place by its path.
 
 from ._bundled import hardware_names as hardware_names
 from ._bundled import load_hardware as load_hardware
+from ._freshness import freshness_notes as freshness_notes
+from ._freshness import installed_driver as installed_driver

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from ..cluster import Cluster
 from ..errors import DeviceMismatchError
+from ..hardware import installed_driver
 from ..measured import Provenance
 from ._loop import platform_of
 from ._readings import Machine
 from ._timing import Agree, alone
-
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def mesh_devices(cluster: Cluster) -> tuple[jax.Device, ...]:
@@ -52,7 +49,7 @@ def describe_machine(cluster: Cluster, devices: Sequence[jax.Device]) -> Machine
         processes=jax.process_count(),
         mesh=cluster.mesh,
         jax_version=jax.__version__,
-        driver=_driver() if platform == "gpu" else "",
+        driver=installed_driver() if platform == "gpu" else "",
     )
 
 
@@ -73,7 +70,7 @@ def here(device: str, date: str) -> Provenance:
     return Provenance(
         device=device,
         device_kind=first.device_kind,
-        driver=_driver() if platform_of([first]) == "gpu" else "",
+        driver=installed_driver() if platform_of([first]) == "gpu" else "",
         jax_version=jax.__version__,
         date=date,
     )
@@ -86,13 +83,3 @@ def largest_of_all() -> Agree:
     from jax.experimental import multihost_utils  # loads more than one process needs
 
     return lambda number: float(multihost_utils.process_allgather(np.float32(number)).max())
-
-
-def _driver() -> str:
-    """Return the version of the NVIDIA driver, ``""`` when the kernel does not tell."""
-    try:
-        text = _DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    match = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", text)
-    return match[0] if match else ""

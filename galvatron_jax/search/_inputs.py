@@ -13,9 +13,9 @@ import msgspec
 
 from .._document import load
 from ..cluster import Cluster
-from ..cost import is_fused, memory_budget
+from ..cost import is_fused, is_measured, memory_budget
 from ..errors import DocumentError, DocumentNotFoundError, GalvatronError
-from ..hardware import load_hardware
+from ..hardware import freshness_notes, load_hardware
 from ..models import load_model_profile
 from ..profile import Array, HardwareProfile, LayerKind, ModelProfile
 from ..units import GB, ITEM_BYTES, format_count, format_gib
@@ -99,9 +99,9 @@ def assumption_lines(inputs: Inputs, options: Options) -> list[Line]:
         labelled("model", Piece(clean(model.name), "bold"), size, Piece(f"   {inputs.model_source}", "dim")),
         labelled("cluster", Piece(nodes, "bold"), _links(inputs), Piece(f"   {measured}", "dim")),
     ]
-    lines[1:1] = _attention(model, hardware)
-    if inputs.gpu_note:
-        lines.append(labelled("", Piece(inputs.gpu_note, "yellow")))
+    lines[1:1] = [*_attention(model, hardware), *_measured(model, hardware)]
+    doubts = freshness_notes(hardware, visible_gpu=visible_gpu() if hardware.provenance else None)
+    lines += [labelled("", Piece(clean(note), "yellow")) for note in (inputs.gpu_note, *doubts) if note]
     return [*lines, labelled("budget", _budget(inputs, options)), labelled("batch", _batches(inputs, options))]
 
 
@@ -113,6 +113,21 @@ def _attention(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
         note = "   auto_shard 0.1 runs attention without one: plan for it with --attention xla"
         return [labelled("", "attention by a fused kernel that keeps no scores (cuDNN)", Piece(note, "yellow"))]
     return [labelled("", "attention with its scores in memory, no fused kernel")]
+
+
+def _measured(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
+    """Say whether a clock or a formula prices compute, where the profile holds measured layers."""
+    known = [kind.measured for kind in model.kinds if kind.measured is not None]
+    if not known:
+        return []
+    used = [kind.measured for kind in model.kinds if is_measured(kind, hardware) and kind.measured is not None]
+    if not used:
+        where = clean(known[0].provenance.device)
+        return [labelled("", Piece(f"layers measured on {where} do not count here: compute is estimated", "yellow"))]
+    rest = f", {len(model.kinds) - len(used)} kinds estimated" if len(used) < len(model.kinds) else ""
+    error = max(measured.interpolation_error for measured in used)
+    note = f" · between measured batches within {error:.0%}" if error else ""
+    return [labelled("", f"compute measured on {clean(used[0].provenance.device_kind)}{rest}{note}")]
 
 
 def _links(inputs: Inputs) -> str:

@@ -17,7 +17,7 @@ from galvatron_jax.units import GIB, MIB
 
 FOLDER = Path(_document.__file__).parent / "hardware"
 GPUS = ("a100-40g", "a100-80g", "h100", "h200", "b200")
-NOT_NUMBERS = {"schema_version", "name", "description", "measured", "sources"}
+NOT_NUMBERS = {"provenance", "schema_version", "name", "description", "measured", "sources"}
 
 
 def efficiency(hardware: HardwareProfile, flops: float) -> float:
