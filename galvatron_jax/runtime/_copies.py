@@ -28,6 +28,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..analysis import ELEMENTWISE, AnalysedKind, Equation, Value, run_equation
 from ..profile import BATCH
 from ._layout import LayerLayout
+from ._mesh import Axes
 
 _PER_SAMPLE = ELEMENTWISE | {"dot_general", "gather"}
 """Primitives without a parameter that names the size of the batch: the same equation serves any number of samples."""
@@ -41,26 +42,56 @@ def copyable(kind: AnalysedKind) -> frozenset[int]:
     return positions
 
 
-def copies_of(layout: LayerLayout, position: int, copyable_positions: frozenset[int]) -> int:
-    """Return how many copies of a parameter spare reductions: dp under zero 0 and 1, otherwise 1.
+def unreduced_axes(layout: LayerLayout) -> Axes:
+    """Return the mesh axes over which gradients stay unreduced until the last microbatch.
 
-    Zero 2 and 3 keep gradients sharded, so they reduce in every microbatch.
+    Under zero 0 and 1 all data axes. Zero 2 and 3 keep gradients sharded, so they reduce (scatter) inside a group of
+    ranks in every microbatch, and only across the replicas of hsdp at the end.
     """
-    strategy = layout.strategy
-    return strategy.dp if strategy.zero <= 1 and position in copyable_positions else 1
-
-
-def with_copies(layout: LayerLayout, place: NamedSharding) -> NamedSharding:
-    """Return the place of an array [dp, ...] whose rows live where ``place`` says."""
-    axes = layout.stage.data_axes(layout.strategy)
-    return layout.stage.sharding(PartitionSpec(axes, *place.spec))
+    return layout.stage.data_axes(layout.strategy) if layout.strategy.zero <= 1 else layout.replica_axes
 
 
 @dataclasses.dataclass(frozen=True)
-class PerRank:
-    """Runs equations of one layer of which some operands are copies."""
+class Copies:
+    """Copies of weights of one layer along ``axes``, and how equations run that read them."""
 
     layout: LayerLayout
+    axes: Axes
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return self.layout.stage.size(self.axes)
+
+    def place(self, row: NamedSharding, *, stacked: bool = False) -> NamedSharding:
+        """Return the place of an array [copies, ...] (or [layers, copies, ...]) whose rows live as ``row`` says."""
+        spec = PartitionSpec(self.axes, *row.spec)
+        return self.layout.stage.sharding(PartitionSpec(None, *spec) if stacked else spec)
+
+    def spread(self, array: Any, row: NamedSharding, *, stacked: bool = False) -> Any:
+        """Return the copies of ``array``, whose rows live as ``row`` says: no bytes move."""
+        axis = int(stacked)
+        shape = (*array.shape[:axis], self.count, *array.shape[axis:])
+        copies = jnp.broadcast_to(jnp.expand_dims(array, axis), shape)
+        return jax.lax.with_sharding_constraint(copies, self.place(row, stacked=stacked))
+
+    def sum(self, array: Any, row: NamedSharding, *, stacked: bool = False) -> Any:
+        """Return the sum over the copies, put as ``row`` says: the reduction over the ranks.
+
+        With replicas (hsdp) first inside each group, scattered there, then across: in one step the partitioner would
+        reduce whole arrays over all ranks.
+        """
+        axis, across = int(stacked), self.layout.replica_axes
+        if across and self.layout.strategy.zero and len(across) < len(self.axes):
+            groups = self.layout.stage.size(across)
+            shape = (*array.shape[:axis], groups, self.count // groups, *array.shape[axis + 1 :])
+            inside = Copies(self.layout, across)
+            array = jax.lax.with_sharding_constraint(
+                jnp.sum(array.reshape(shape), axis + 1), inside.place(row, stacked=stacked)
+            )
+        total = jnp.sum(array, axis)
+        spec = PartitionSpec(None, *row.spec) if stacked else row.spec
+        return jax.lax.with_sharding_constraint(total, self.layout.stage.sharding(spec))
 
     def mixes(self, equation: Equation, copied: Sequence[bool]) -> bool:
         """Tell whether the equation mixes copies with samples: its results are no copies."""
@@ -85,15 +116,14 @@ class PerRank:
         ]
 
     def _split(self, array: Any, dim: int, value: Value) -> Any:
-        """[..., batch, ...] as [dp, ..., batch / dp, ...], each rank's samples where they are."""
-        ranks, axes = self.layout.strategy.dp, self.layout.stage.data_axes(self.layout.strategy)
-        shape = (*array.shape[:dim], ranks, array.shape[dim] // ranks, *array.shape[dim + 1 :])
+        """[..., batch, ...] as [copies, ..., batch / copies, ...], each rank's samples where they are."""
+        shape = (*array.shape[:dim], self.count, array.shape[dim] // self.count, *array.shape[dim + 1 :])
         entries = list(self.layout.value(value).spec)
         entries += [None] * (array.ndim - len(entries))
         kept = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],)
-        entries[dim] = tuple(name for name in kept if name is not None and name not in axes) or None
+        entries[dim] = tuple(name for name in kept if name is not None and name not in self.axes) or None
         split = jnp.moveaxis(array.reshape(shape), dim, 0)
-        return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(PartitionSpec(axes, *entries)))
+        return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(PartitionSpec(self.axes, *entries)))
 
 
 def _merge(array: Any, dim: int) -> Any:

@@ -5,7 +5,8 @@ the tensor axes (one that spills takes the leading ones, what it spills into the
 ``seq`` over the tensor axes where the value is stream-like (it carries every class of the stream and no tensor class).
 Under Ulysses ``seq`` over the trailing axes, and inside attention the heads in place of it; a value with two positions
 (scores, masks) is inside. Parameters have three more places to be: *stored* (zero 3 shards them over the ranks that
-hold the same), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names.
+hold the same), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names; with
+``replicas`` (hsdp) over the trailing part of those ranks only, so that every leading group holds a whole copy.
 """
 
 from __future__ import annotations
@@ -79,10 +80,15 @@ class LayerLayout:
         return [zero_dim(p, profile.classes, shards, self.strategy.zero_ranks) for p in profile.parameters]
 
     @property
+    def replica_axes(self) -> Axes:
+        """Leading data axes, across the groups that each hold a whole sharded copy (hsdp)."""
+        return self.stage.first_axes(self.stage.data_axes(self.strategy), self.strategy.replicas)
+
+    @property
     def _zero_axes(self) -> Axes:
-        """Mesh axes of the ranks that hold the same weights."""
+        """Mesh axes of the ranks that share the same weights out among them."""
         trailing = self.stage.tensor_axes(self.strategy) if self.strategy.ulysses > 1 else ()
-        return self.stage.data_axes(self.strategy) + trailing
+        return self.stage.data_axes(self.strategy)[len(self.replica_axes) :] + trailing
 
     @functools.cached_property
     def _class_axes(self) -> dict[int, Axes]:

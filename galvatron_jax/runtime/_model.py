@@ -38,12 +38,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..analysis import Analysis, Variable, run_equation
 from ..plan import Plan, Strategy
-from ._copies import copies_of, copyable, with_copies
+from ._copies import Copies, copyable, unreduced_axes
 from ._layout import LayerLayout, Role
-from ._mesh import StageMesh
+from ._mesh import Axes, StageMesh
 from ._order import after_gradients, has_gradient, place_gradients
 from ._runs import Run, find_runs
-from ._segment import SegmentFunction, build_segment, is_array
+from ._segment import Reduction, SegmentFunction, build_segment, is_array
 from ._share import Crossing, StageShare, program_leaves, share_out
 from ._slots import Slot, make_slots
 from ._wire import wire_spec
@@ -72,6 +72,8 @@ class StageModel:
     """One per segment of the share, in order; equal (kind, strategy) share one object."""
     gradient_role: Role = "gradient"
     """Where gradients are put as they are made: a step that updates at once puts them where the optimizer is."""
+    reduces_in_float32: bool = False
+    """Gradients are reduced over data-parallel ranks in the parameters' storage dtype, not in the compute dtype."""
     is_copied: bool = False
     """Parameters come as ``spread`` makes them, with a copy per data-parallel rank where that spares reductions."""
 
@@ -204,41 +206,33 @@ class StageModel:
 
     def spread(self, parameters: Sequence[Any]) -> list[Any]:
         """Return the parameters that ``copied.run`` takes: no bytes move, and no device holds more than before."""
-        spread = []
-        for slot, array, place in zip(self.slots, parameters, self.sum_shardings, strict=True):
-            copies, axis = self._copies[slot.leaves[0]], int(slot.is_stacked)
-            if copies > 1:
-                array = jnp.broadcast_to(
-                    jnp.expand_dims(array, axis), (*array.shape[:axis], copies, *array.shape[axis:])
-                )
-                array = jax.lax.with_sharding_constraint(array, place)
-            spread.append(array)
-        return spread
+        return [
+            copies.spread(array, slot.leaf_sharding("parameter"), stacked=slot.is_stacked) if copies else array
+            for slot, array, copies in zip(self.slots, parameters, self._slot_copies, strict=True)
+        ]
 
     def reduce(self, sums: Sequence[Any]) -> list[Any]:
         """Return gradients of the stored arrays from gradients of ``spread`` ones: the reduction over the ranks.
 
         They are put where the optimizer is, so that zero 1 scatters what it reduces.
         """
-        reduced = [
-            jnp.sum(array, axis=int(slot.is_stacked)) if self._copies[slot.leaves[0]] > 1 else array
-            for slot, array in zip(self.slots, sums, strict=True)
+        return [
+            copies.sum(array, slot.leaf_sharding("optimizer"), stacked=slot.is_stacked)
+            if copies
+            else jax.lax.with_sharding_constraint(array, slot.sharding("optimizer"))
+            for slot, array, copies in zip(self.slots, sums, self._slot_copies, strict=True)
         ]
-        placed: list[Any] = jax.lax.with_sharding_constraint(reduced, self.parameter_shardings("optimizer"))
-        return placed
 
     @functools.cached_property
     def sum_shardings(self) -> list[NamedSharding]:
-        """Where the arrays of ``spread``, and sums of their gradients, live."""
-        return [self._sum_sharding(slot) for slot in self.slots]
+        """Where sums of the gradients of ``spread`` arrays live."""
+        return [
+            copies.place(slot.leaf_sharding("gradient"), stacked=slot.is_stacked)
+            if copies
+            else slot.sharding(self.gradient_role)
+            for slot, copies in zip(self.slots, self._slot_copies, strict=True)
+        ]
 
-    def _sum_sharding(self, slot: Slot) -> NamedSharding:
-        if slot.layout is None or self._copies[slot.leaves[0]] == 1:
-            return slot.sharding(self.gradient_role)
-        place = with_copies(slot.layout, slot.leaf_sharding("gradient"))
-        return self.mesh.sharding(PartitionSpec(None, *place.spec)) if slot.is_stacked else place
-
-    # -------------------------------------------------------------------------------------------------------- places
     @property
     def state_shardings(self) -> list[NamedSharding]:
         """Model state is small and stands whole on every device."""
@@ -301,38 +295,49 @@ class StageModel:
 
     def _row_place(self, run: Run, position: int) -> NamedSharding:
         """Where the gradient of one layer's parameter is put inside a loop."""
-        if position in self._copied_positions(run):
-            return with_copies(run.layout, run.layout.stored(position, "gradient"))
+        if position in self._reduction(run).spread:
+            return Copies(run.layout, unreduced_axes(run.layout)).place(run.layout.stored(position, "gradient"))
         return run.layout.stored(position, self.gradient_role)
 
-    def _copied_positions(self, run: Run) -> frozenset[int]:
-        """Parameters (by position) of a run's layers that come as copies."""
+    def _reduction(self, run: Run) -> Reduction:
+        """How gradients of a run's layers are reduced."""
         if not self.is_copied:
-            return frozenset()
+            return Reduction(self.gradient_role, in_float32=self.reduces_in_float32)
         leaf_of = {v: i for i, v in enumerate(program_leaves(self.share.analysis).parameters)}
         leaves = [leaf_of[run.segments[0].inputs[index]] for index in run.layout.kind.layer.parameters]
-        return frozenset(position for position, leaf in enumerate(leaves) if self._copies[leaf] > 1)
+        spread = frozenset(position for position, leaf in enumerate(leaves) if leaf in self._copied_leaves)
+        return Reduction(self.gradient_role, spread, in_float32=self.reduces_in_float32)
 
     @functools.cached_property
-    def _copies(self) -> dict[int, int]:
-        """Copies of each parameter leaf: as many as all the layers that read it agree on, else one."""
+    def _slot_copies(self) -> list[Copies | None]:
+        """The copies of each slot; None where there is one array for all ranks."""
+        return [
+            Copies(slot.layout, unreduced_axes(slot.layout))
+            if slot.layout is not None and slot.leaves[0] in self._copied_leaves
+            else None
+            for slot in self.slots
+        ]
+
+    @functools.cached_property
+    def _copied_leaves(self) -> frozenset[int]:
+        """Parameter leaves that every layer that reads them can read as copies, along the same axes."""
         leaf_of = {v: i for i, v in enumerate(program_leaves(self.share.analysis).parameters)}
-        wanted: dict[int, set[int]] = {leaf: set() for leaf in self.share.parameters}
+        wanted: dict[int, set[Axes]] = {leaf: set() for leaf in self.share.parameters}
         allowed = {id(layout.kind): copyable(layout.kind) for layout in self.layouts}
         for segment, layout in zip(self.share.segments, self.layouts, strict=True):
             for position, index in enumerate(layout.kind.layer.parameters):
-                copies = copies_of(layout, position, allowed[id(layout.kind)])
-                wanted[leaf_of[segment.inputs[index]]].add(copies)
-        return {leaf: counts.pop() if len(counts) == 1 else 1 for leaf, counts in wanted.items()}
+                axes = unreduced_axes(layout) if position in allowed[id(layout.kind)] else ()
+                wanted[leaf_of[segment.inputs[index]]].add(axes)
+        return frozenset(leaf for leaf, axes in wanted.items() if len(axes) == 1 and () not in axes)
 
     def _function(self, run: Run) -> SegmentFunction:
-        key = (id(run.layout), run.is_scanned, self._copied_positions(run))
+        key = (id(run.layout), run.is_scanned, self._reduction(run))
         if key not in self._functions:
-            self._functions[key] = build_segment(run.layout, in_loop=run.is_scanned, copied=key[2])
+            self._functions[key] = build_segment(run.layout, in_loop=run.is_scanned, reduction=key[2])
         return self._functions[key]
 
     @functools.cached_property
-    def _functions(self) -> dict[tuple[int, bool, frozenset[int]], SegmentFunction]:
+    def _functions(self) -> dict[tuple[int, bool, Reduction], SegmentFunction]:
         return {}
 
 

@@ -8,6 +8,7 @@ policy keeps, so neither casts nor gathered weights live from the forward to the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from jax.extend.core import Literal
 
 from ..analysis import Value, is_batched, is_kept, is_kernel_name, run_equation
 from ..strategy import Remat
-from ._copies import PerRank, with_copies
-from ._layout import LayerLayout
+from ._copies import Copies, copyable, unreduced_axes
+from ._layout import LayerLayout, Role
 
 WEIGHTS = "galvatron_weights"
 """Name of parameters as a layer uses them: cast and gathered."""
@@ -34,9 +35,19 @@ SegmentFunction = Callable[[Sequence[Any]], list[Any]]
 """From the segment's inputs to its outputs."""
 
 
-def build_segment(
-    layout: LayerLayout, *, in_loop: bool = False, copied: frozenset[int] = frozenset()
-) -> SegmentFunction:
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How the gradients of a layer's parameters are reduced over its data-parallel ranks."""
+
+    role: Role = "gradient"
+    """Where each one is put."""
+    spread: frozenset[int] = frozenset()
+    """Parameters (by position) that come as copies, and whose gradients leave as copies (see ``_copies``)."""
+    in_float32: bool = False
+    """In the storage dtype, not in the dtype in which they are computed."""
+
+
+def build_segment(layout: LayerLayout, *, in_loop: bool = False, reduction: Reduction | None = None) -> SegmentFunction:
     """Return the segment of ``layout.kind`` as a function under the layout's strategy.
 
     It takes its inputs where they are: the caller puts all but the parameters into the layer's layout.
@@ -45,11 +56,12 @@ def build_segment(
         layout: The segment's kind and strategy.
         in_loop: It is the body of a loop, so forward and backward pass are loops of their own, and nothing needs to
             keep the compiler from merging what is computed in both.
-        copied: Parameters (by position) that come as one copy per data-parallel rank (see ``_copies``).
+        reduction: How gradients are reduced.
     """
+    weights = _Weights(layout, reduction or Reduction())
 
     def run(inputs: Sequence[Any]) -> list[Any]:
-        return _run_equations(layout, _place_weights(layout, inputs, copied), copied)
+        return _run_equations(layout, weights.place(inputs), weights.copies, weights.copied)
 
     return jax.checkpoint(run, policy=_policy(layout.strategy.remat), prevent_cse=not in_loop)
 
@@ -66,25 +78,69 @@ def _policy(remat: Remat) -> Callable[..., bool]:
     return keep
 
 
-def _place_weights(layout: LayerLayout, inputs: Sequence[Any], copied: frozenset[int]) -> list[Any]:
-    layer, placed = layout.kind.layer, list(inputs)
-    for position, index in enumerate(layer.parameters):
-        weight, dtype = placed[index], layout.kind.profile.parameters[position].compute_dtype
-        stored, used = layout.stored(position, "parameter"), layout.value(layer.inputs[index])
-        if position in copied:
-            stored, used = with_copies(layout, stored), with_copies(layout, used)
+class _Weights:
+    """Parameters as a layer uses them: cast, gathered, and copied where their gradients need it.
+
+    Copies made here, inside the layer, are reduced here: hsdp scatters gradients inside a group and then sums the
+    shards across groups, and reductions in the storage dtype take their operands in it. The partitioner does neither
+    with a gradient that it makes whole.
+    """
+
+    def __init__(self, layout: LayerLayout, reduction: Reduction) -> None:
+        self._layout, self._reduction = layout, reduction
+        self._own = frozenset[int]()
+        axes = unreduced_axes(layout)
+        if not reduction.spread:
+            sharded = layout.strategy.zero > 0 and layout.replica_axes
+            axes = layout.stage.data_axes(layout.strategy) if reduction.in_float32 else layout.replica_axes
+            if axes and (reduction.in_float32 or sharded):
+                self._own = copyable(layout.kind)
+        self.copies = Copies(layout, axes)
+        self.copied = reduction.spread | self._own
+
+    def place(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the inputs of a layer with its parameters as it uses them."""
+        placed = list(inputs)
+        for position, index in enumerate(self._layout.kind.layer.parameters):
+            use = self._copy if position in self._own else self._gather
+            placed[index] = checkpoint_name(use(placed[index], position), WEIGHTS)
+        return placed
+
+    def _gather(self, weight: Any, position: int) -> Any:
+        layout = self._layout
+        dtype = layout.kind.profile.parameters[position].compute_dtype
+        stored = layout.stored(position, "parameter")
+        used = layout.value(layout.kind.layer.inputs[layout.kind.layer.parameters[position]])
+        if position in self._reduction.spread:
+            stored, used = self.copies.place(stored), self.copies.place(used)
         if str(weight.dtype) != dtype:
             # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes.
             weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
-        weight = jax.lax.with_sharding_constraint(weight, used)
-        placed[index] = checkpoint_name(weight, WEIGHTS)
-    return placed
+        return jax.lax.with_sharding_constraint(weight, used)
+
+    def _copy(self, weight: Any, position: int) -> Any:
+        """Gather a parameter and copy it; backward, sum the gradients of the copies into their place."""
+        used = self._layout.value(self._layout.kind.layer.inputs[self._layout.kind.layer.parameters[position]])
+        place, dtype = self._layout.stored(position, self._reduction.role), weight.dtype
+
+        def copied(weight: Any) -> Any:
+            return self.copies.spread(self._gather(weight, position), used)
+
+        def backward(_: None, cotangent: Any) -> tuple[Any]:
+            if self._reduction.in_float32:
+                return (self.copies.sum(cotangent.astype(dtype), place),)
+            inside = jax.lax.with_sharding_constraint(cotangent, self.copies.place(place))
+            return (self.copies.sum(inside.astype(dtype), place),)
+
+        use = jax.custom_vjp(copied)
+        use.defvjp(lambda weight: (copied(weight), None), backward)
+        return use(weight)
 
 
-def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copied: frozenset[int]) -> list[Any]:
+def _run_equations(layout: LayerLayout, inputs: Sequence[Any], per_rank: Copies, copied: frozenset[int]) -> list[Any]:
     layer = layout.kind.layer
     program, values = layer.forward, layer.forward_values
-    border, per_rank = _Border(layout), PerRank(layout)
+    border = _Border(layout)
     copies = {program.inputs[layer.parameters[position]] for position in copied}
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
 

@@ -188,7 +188,7 @@ class StagePrograms:
             sums = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, gradients), places)
             return (total + loss, sums, model_state), None
 
-        zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, parameters), places)
+        zeros = jax.lax.with_sharding_constraint([jnp.zeros(p.shape, p.dtype) for p in parameters], places)
         start = (jnp.zeros((), jnp.float32), zeros, state.model_state)
         (total, sums, model_state), _ = jax.lax.scan(accumulate, start, batch)
         mean = [total / self.microbatches for total in self.model.reduce(sums)]

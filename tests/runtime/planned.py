@@ -38,6 +38,21 @@ def tp(degree: int, *, zero: int = 0, sp: bool = False, remat: Remat = "none") -
     return Strategy(tp=degree, dp=DEVICES // degree, zero=zero, sp=sp, remat=remat)
 
 
+def hsdp(zero: int, replicas: int, remat: Remat = "none") -> Strategy:
+    """ZeRO inside each of ``replicas`` groups of the devices, copies across them."""
+    return Strategy(dp=DEVICES, zero=zero, replicas=replicas, remat=remat)
+
+
+def tp_hsdp(degree: int, zero: int, replicas: int) -> Strategy:
+    """The same over the data-parallel ranks that tensor parallelism leaves."""
+    return Strategy(tp=degree, dp=DEVICES // degree, zero=zero, replicas=replicas)
+
+
+def ulysses(degree: int, *, zero: int = 0, replicas: int = 1, remat: Remat = "none") -> Strategy:
+    """Sequence parallelism with heads swapped in around attention, and data parallelism over the remaining devices."""
+    return Strategy(ulysses=degree, dp=DEVICES // degree, zero=zero, replicas=replicas, remat=remat)
+
+
 @functools.cache
 def llama(kv_heads: int = 8) -> SmallModel:
     """A Llama of four layers; heads and head dim are equally large, and embed is their product."""
@@ -92,6 +107,7 @@ def planned(
     model: SmallModel | None = None,
     microbatches: int = 1,
     optimizer: optax.GradientTransformation | None = None,
+    in_float32: bool = False,
 ) -> Planned:
     """Return ``model`` (default: ``llama()``) with one strategy for each of its layers.
 
@@ -114,5 +130,6 @@ def planned(
     )
     check_plan(plan, analysis.profile)
     mesh = stage_mesh(CLUSTER, jax.devices()[:DEVICES])
-    programs = StagePrograms(plan_model(analysis, plan, mesh), optimizer or optax.adam(1e-3), microbatches)
+    stage = dataclasses.replace(plan_model(analysis, plan, mesh), reduces_in_float32=in_float32)
+    programs = StagePrograms(stage, optimizer or optax.adam(1e-3), microbatches)
     return Planned(model, analysis, plan, programs)

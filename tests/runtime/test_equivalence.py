@@ -16,7 +16,18 @@ import optax
 import pytest
 from flax import nnx
 
-from tests.runtime.planned import INVOLUNTARY, Planned, Strategies, dp, llama, planned, tp
+from tests.runtime.planned import (
+    INVOLUNTARY,
+    Planned,
+    Strategies,
+    dp,
+    hsdp,
+    llama,
+    planned,
+    tp,
+    tp_hsdp,
+    ulysses,
+)
 from tests.support.small_models import SmallModel
 
 pytestmark = pytest.mark.multidevice
@@ -45,6 +56,7 @@ class Case:
     microbatches: int = 1
     kv_heads: int = 8
     optimizer: str = "sgd"
+    in_float32: bool = False
 
 
 EVERY_PLAN = {
@@ -64,8 +76,20 @@ EVERY_PLAN = {
     "grouped queries": Case(
         (tp(8), tp(4, sp=True, zero=3), tp(2, zero=3, remat="full"), tp(4), dp(2), tp(8, sp=True)), kv_heads=4
     ),
+    "one loop": Case((dp(3), *[tp(2, zero=3, sp=True)] * 4, dp(3)), microbatches=2),
+    "replicas": Case(
+        (hsdp(3, 2), hsdp(2, 4, remat="dots"), hsdp(1, 2), tp_hsdp(2, 3, 2), hsdp(3, 2, remat="full"), dp(1)),
+        microbatches=2,
+    ),
+    "replicas at once": Case((dp(1), *[hsdp(3, 2)] * 3, hsdp(1, 4), tp_hsdp(2, 2, 2)), optimizer="adamw"),
+    "ulysses": Case(
+        (dp(3), ulysses(4, zero=3), ulysses(8, zero=1), ulysses(2, zero=2, remat="full"), tp(2, sp=True), dp()),
+        microbatches=2,
+    ),
 }
 SLOW_PLANS = {
+    "dots in one loop": Case((dp(1), *[dp(1, "dots")] * 4, dp(1)), microbatches=2),
+    "reduced in float32": Case((dp(), dp(1), dp(2), dp(3), hsdp(3, 2), tp(2, zero=3)), in_float32=True),
     "all data": Case((dp(),) * 6, optimizer="adamw"),
     "all zero 3": Case((dp(3),) * 6, microbatches=2),
     "all tensor": Case((tp(8),) * 6),
@@ -93,6 +117,7 @@ def test_train_step_equals_one_device(case: Case, capfd: pytest.CaptureFixture[s
         model=llama(case.kv_heads),
         microbatches=case.microbatches,
         optimizer=optimizer(case.optimizer),
+        in_float32=case.in_float32,
     )
     found = run(sharded)
     np.testing.assert_allclose(found.losses, expected.losses, rtol=LOSS_TOLERANCE)
