@@ -46,8 +46,10 @@ def _train(config: RunConfig, given: argparse.Namespace) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's own account of what we report ourselves
     # Not at the top: JAX reads its environment when it is imported.
+    from ..distributed import initialize
     from ._trainer import AutoTrainer
 
+    initialize()
     trainer = AutoTrainer.from_config(
         config,
         override_config=given.override_config,

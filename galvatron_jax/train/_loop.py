@@ -209,6 +209,7 @@ class Loop:
     def _judge(self, flight: InFlight, loss: float, norm: float, *, finite: bool) -> None:
         if not finite:
             self.reporter.flush()
+            self._report_save(self.store.finish())  # so that the message names the newest checkpoint
         saved = self.store.steps
         resume = f"the last checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         verdict = self.judge.judge(flight.step, flight.batch, loss, norm, finite=finite, resume=resume)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ from ..errors import DeviceMemoryError
 from ..plan import Plan
 from ..profile import HardwareProfile
 from ..units import format_gib
-from ._plans import HARDWARE_NAME
+from ._plans import HARDWARE_NAME, PLAN_NAME
 
 MARGIN = 0.08
 """Of the device's memory, left free more after each out-of-memory error: more than the estimate's worst error."""
@@ -47,7 +48,10 @@ def memory_error(error: BaseException, plan: Plan, when: str, action: str) -> De
 
 
 def learn_margin(hardware: HardwareProfile, folder: Path) -> HardwareProfile:
-    """Return ``hardware`` with more memory held back, and keep it with the run for later searches."""
+    """Return ``hardware`` with more memory held back, and keep it with the run for later searches.
+
+    The run's plan is set aside, so that the next start searches another one.
+    """
     reserved = hardware.reserved_bytes + round(MARGIN * hardware.memory_bytes)
     learnt = msgspec.structs.replace(
         hardware,
@@ -55,6 +59,8 @@ def learn_margin(hardware: HardwareProfile, folder: Path) -> HardwareProfile:
         sources={**hardware.sources, "reserved_bytes": "raised after an out-of-memory error of this run"},
     )
     save(learnt, folder / HARDWARE_NAME)
+    with contextlib.suppress(FileNotFoundError):
+        (folder / PLAN_NAME).rename(folder / f"too-large-{PLAN_NAME}")
     return learnt
 
 

@@ -40,7 +40,7 @@ from ._identity import check_same_run, fingerprint, read_config, write_config
 from ._judge import Judge
 from ._loop import Loop, Outcome
 from ._memory import is_out_of_memory, learn_margin, memory_error
-from ._plans import PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
+from ._plans import HARDWARE_NAME, PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
 from ._preflight import check_preflight, gather_facts
 from ._profile_window import ProfileWindow
 from ._ranks import Ranks, current_ranks
@@ -143,7 +143,7 @@ class AutoTrainer:
                 try:
                     return self._attempt(ranks, faults, request, compiles)
                 except DeviceMemoryError as error:
-                    if not retries:
+                    if not retries or ranks.count > 1:  # the others are not at this point: all must start again
                         raise
                     _log.warning("%s; planning again with more memory held back", error.message)
                     self._plan = None
@@ -332,8 +332,8 @@ class AutoTrainer:
             error,
             plan,
             when,
-            "start again without [run] plan to search one that leaves more memory free (what was learnt is in"
-            f" {self.folder / 'hardware.json'}), or add --retry-oom 1",
+            "start again without [run] plan: the search then leaves more memory free (what was learnt is in"
+            f" {self.folder / HARDWARE_NAME}); or add --retry-oom 1",
         )
 
 

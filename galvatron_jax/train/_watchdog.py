@@ -23,7 +23,7 @@ from ._ranks import Ranks
 STALLED = 4
 """Exit code."""
 POLLS_PER_LIMIT = 10
-LONGEST_POLL_S = 5.0
+LONGEST_POLL_S = 0.5
 
 
 class Watchdog:
@@ -61,12 +61,12 @@ class Watchdog:
             if self._what != reported:
                 reported = self._what
                 self._ranks.report(reported)
-            if waited_s > 2 * self._limit_s:
-                self._end(STALLED)
-                return
             if waited_s > self._limit_s and not self._dumped:
                 self._dumped = True
                 self._tell(waited_s)
+            if waited_s > 2 * self._limit_s:
+                self._end(STALLED)
+                return
 
     def _tell(self, waited_s: float) -> None:
         with contextlib.suppress(OSError):  # a full disk must not hide the message

@@ -16,16 +16,14 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 
+from ..distributed import COORDINATOR, PROCESS, PROCESSES, free_port
 from ._attempt import ATTEMPT_VARIABLE
-
-COORDINATOR, PROCESSES, PROCESS = "GALVATRON_COORDINATOR", "GALVATRON_PROCESSES", "GALVATRON_PROCESS"
 
 FINAL = frozenset((0, 2, 3, 5, 130))
 """Exit codes after which nothing is started again."""
@@ -137,14 +135,6 @@ def process_environments(environment: Mapping[str, str], processes: int, attempt
         return [base]
     joined = {**base, COORDINATOR: f"127.0.0.1:{free_port()}", PROCESSES: str(processes)}
     return [{**joined, PROCESS: str(index)} for index in range(processes)]
-
-
-def free_port() -> int:
-    """Return a port of this machine that is free now (another process may take it before it is used)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def exit_code(returned: int) -> int:

@@ -125,7 +125,7 @@ class Runs:
     root: Path
     cache: Path
 
-    def new(self, name: str = "run", **changes: dict[str, Any]) -> Run:
+    def new(self, name: str = "run", /, **changes: dict[str, Any]) -> Run:
         """Write the run file of ``settings(**changes)``."""
         folder = self.root / name
         table = settings(**changes)

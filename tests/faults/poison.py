@@ -1,0 +1,19 @@
+"""A loss that is not finite where a batch holds a marked token; ``module:function`` of run files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from galvatron_jax.models import next_token_loss
+
+MARK = 255
+"""No byte of UTF-8 text."""
+
+
+def poisoned_loss(model: Any, batch: Any) -> jax.Array:
+    """NaN for a batch that holds ``MARK``, next-token cross-entropy for others."""
+    loss = next_token_loss(model, batch)
+    return loss * jnp.where(jnp.any(batch["inputs"] == MARK), jnp.nan, 1.0)
