@@ -49,7 +49,7 @@ def _train(config: RunConfig, given: argparse.Namespace) -> int:
     from ..distributed import initialize
     from ._trainer import AutoTrainer
 
-    initialize()
+    place = initialize()
     trainer = AutoTrainer.from_config(
         config,
         override_config=given.override_config,
@@ -57,6 +57,8 @@ def _train(config: RunConfig, given: argparse.Namespace) -> int:
         retry_oom=given.retry_oom,
     )
     outcome = trainer.run()
+    if place is not None and place.process > 0:
+        return outcome.exit_code
     held_out = f", held-out loss {outcome.held_out_loss:.4f}" if outcome.held_out_loss is not None else ""
     loss = f", loss {outcome.loss:.4f}" if outcome.loss is not None else ""
     print(

@@ -27,7 +27,7 @@ from flax import nnx
 from .._auto_shard import auto_shard
 from .._sharded_model import ShardedModel
 from ..analysis import Loss
-from ..errors import ConfigError, DeviceMemoryError
+from ..errors import ConfigError, DeviceMemoryError, DistributedError
 from ..models import next_token_loss
 from ..plan import Plan, save_plan
 from ..profile import HardwareProfile
@@ -321,11 +321,10 @@ class AutoTrainer:
             out=sys.stdout if speaks else None,
         )
 
-    def _translated(self, error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> Exception:
+    def _translated(self, error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> BaseException:
         """Return what an error of XLA means to the user; out of memory teaches the next search."""
         if not is_out_of_memory(error):
-            other: Exception = error
-            return other
+            return _lost_peer(error, when) if jax.process_count() > 1 else error
         hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
         self._hardware = learn_margin(hardware, self.folder)
         return memory_error(
@@ -335,6 +334,15 @@ class AutoTrainer:
             "start again without [run] plan: the search then leaves more memory free (what was learnt is in"
             f" {self.folder / HARDWARE_NAME}); or add --retry-oom 1",
         )
+
+
+def _lost_peer(error: jax.errors.JaxRuntimeError, when: str) -> DistributedError:
+    return DistributedError(
+        f"a collective failed: {str(error).splitlines()[0][:300]}",
+        expected="all processes alive",
+        where=when,
+        action="see what the other processes say; the supervisor (python -m galvatron_jax.train.launch) starts all again",
+    )
 
 
 def _abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -29,7 +29,7 @@ FINAL = frozenset((0, 2, 3, 5, 130))
 """Exit codes after which nothing is started again."""
 PREEMPTED = 75
 POLL_S = 0.1
-PEERS_S = 30.0
+PEERS_S = 15.0
 """After the first failure the other processes may end by themselves (and say why) for so long."""
 
 
