@@ -341,7 +341,7 @@ def _lost_peer(error: jax.errors.JaxRuntimeError, when: str) -> DistributedError
         f"a collective failed: {str(error).splitlines()[0][:300]}",
         expected="all processes alive",
         where=when,
-        action="see what the other processes say; the supervisor (python -m galvatron_jax.train.launch) starts all again",
+        action="see what the others say; the supervisor (python -m galvatron_jax.train.launch) starts all again",
     )
 
 

@@ -31,15 +31,22 @@ def copied(control: Run, run: Run, *, keep: int | None = None) -> Run:
     return run
 
 
-def other_plan(plan: Plan, *strategies: Strategy, microbatches: int = 1) -> Plan:
-    """``plan`` with other strategies for embedding, layers (all alike) and head."""
-    embed, block, head = strategies
-    runs = tuple(
-        msgspec.structs.replace(run, strategy={"embed": embed, "head": head}.get(run.kind, block))
-        for run in merged(plan.stages[0].runs)
+def other_plan(plan: Plan, *strategies: Strategy, microbatches: int = 1, stages: int = 1) -> Plan:
+    """``plan`` with other strategies for embedding, layers (all alike) and head, in equal ``stages``."""
+    by_kind = dict(zip(("embed", "layers.*", "head"), strategies, strict=True))
+    kinds = [kind for kind, _ in plan.layers()]
+    share = len(kinds) // stages
+    parts = [kinds[i * share : (i + 1) * share if i < stages - 1 else None] for i in range(stages)]
+    cut = tuple(
+        Stage(
+            devices=plan.cluster.devices // stages,
+            runs=tuple(PlanRun(kind=kind, count=1, strategy=by_kind.get(kind, strategies[1])) for kind in part),
+        )
+        for part in parts
     )
-    stage = Stage(devices=plan.stages[0].devices, runs=runs)
-    return msgspec.structs.replace(plan, stages=(stage,), microbatches=microbatches, predicted=None, certificate=None)
+    return msgspec.structs.replace(
+        plan, stages=cut, microbatches=microbatches, schedule="1f1b", chunks=1, predicted=None, certificate=None
+    )
 
 
 def merged(runs: tuple[PlanRun, ...]) -> tuple[PlanRun, ...]:
@@ -53,9 +60,13 @@ def merged(runs: tuple[PlanRun, ...]) -> tuple[PlanRun, ...]:
     return tuple(result)
 
 
-PLANS = {
-    "tp2 dp4": ((Strategy(tp=2, dp=4), Strategy(tp=2, sp=True, dp=4), Strategy(tp=2, dp=4)), 1),
-    "zero 3, two microbatches": ((Strategy(dp=8, zero=3),) * 3, 2),
+PLANS: dict[str, tuple[tuple[Strategy, ...], dict[str, int]]] = {
+    "tp2 dp4": ((Strategy(tp=2, dp=4), Strategy(tp=2, sp=True, dp=4), Strategy(tp=2, dp=4)), {}),
+    "zero 3, two microbatches": ((Strategy(dp=8, zero=3),) * 3, {"microbatches": 2}),
+    "two stages": (
+        (Strategy(dp=4), Strategy(tp=2, dp=2), Strategy(dp=4, zero=3)),
+        {"stages": 2, "microbatches": 2},
+    ),
 }
 
 
@@ -63,8 +74,8 @@ PLANS = {
 def test_run_goes_on_under_another_plan(
     runs: Runs, control: Run, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    strategies, microbatches = PLANS[name]
-    plan = other_plan(load_plan(control.folder / "plan.json"), *strategies, microbatches=microbatches)
+    strategies, shape = PLANS[name]
+    plan = other_plan(load_plan(control.folder / "plan.json"), *strategies, **shape)
     run = copied(control, runs.new(run={"plan": str(save_plan(plan, tmp_path / "other.json"))}), keep=4)
     trainer = AutoTrainer.from_config(load_config(run.file))
     assert trainer.run().step == STEPS
@@ -76,8 +87,12 @@ def test_run_goes_on_under_another_plan(
         np.testing.assert_allclose(run.trace[step][1:], (loss, norm), rtol=LOSS_RTOL * (1 if step > 5 else 10))
 
 
-def test_state_under_another_plan_equals_the_saved_one_as_numpy(runs: Runs, control: Run, tmp_path: Path) -> None:
-    plan = other_plan(load_plan(control.folder / "plan.json"), *PLANS["tp2 dp4"][0])
+@pytest.mark.parametrize("name", ["tp2 dp4", "two stages"])
+def test_state_under_another_plan_equals_the_saved_one_as_numpy(
+    runs: Runs, control: Run, name: str, tmp_path: Path
+) -> None:
+    strategies, shape = PLANS[name]
+    plan = other_plan(load_plan(control.folder / "plan.json"), *strategies, **shape)
     run = copied(control, runs.new(run={"plan": str(save_plan(plan, tmp_path / "other.json"))}))
     first, second = (AutoTrainer.from_config(load_config(r.file)) for r in (copied(control, runs.new("same")), run))
     for trainer in (first, second):
