@@ -32,7 +32,7 @@ from .explain import (
     what_if_lines,
     what_ifs,
 )
-from .html import PageContent, check_page_target, write_page
+from .html import PageContent, check_page_target, write_page, write_pictures
 
 TEXTS = {
     "explain": "Say why each layer has its strategy, what the others would cost, and what binds.",
@@ -76,6 +76,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument(
             "--out", metavar="FILE", type=Path, default=Path("report.html"), help="(default: report.html)"
         )
+        parser.add_argument("--svg", metavar="DIR", type=Path, help="write the charts as SVG files there too")
     else:
         parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -142,5 +143,6 @@ def _report(found: argparse.Namespace) -> None:
     split, batches = problem_of(subject), [subject.plan.global_batch]
     baselines = price_baselines(Engine(split.problem, batches))
     frontier = memory_frontier(split, batches)
-    write_page(found.out, PageContent(subject=subject, baselines=baselines, frontier=frontier, note=note))
-    show([(Piece(f"wrote {clean(str(found.out))}"),)], sys.stdout)
+    content = PageContent(subject=subject, baselines=baselines, frontier=frontier, note=note)
+    written = [write_page(found.out, content)] + (write_pictures(found.svg, content) if found.svg else [])
+    show([(Piece(f"wrote {clean(str(path))}"),) for path in written], sys.stdout)

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from galvatron_jax import _document
-from galvatron_jax.plan import load_plan
+from galvatron_jax.hardware import hardware_names, load_hardware
+from galvatron_jax.plan import HardwareReference, load_plan
+from galvatron_jax.profile import Link
 from galvatron_jax.search._cli import main
+from galvatron_jax.search._inputs import doubts
 from tests.support.toy_models import llama_like_profile, toy_hardware
 
 FULL_WIDTH = "\uff12x8"
@@ -359,3 +362,54 @@ def test_help_answers_at_once() -> None:
     code += "assert not {'numpy', 'jax', 'rich'} & set(sys.modules), 'imported'"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment, stdout=subprocess.DEVNULL)
+
+
+# ---------------------------------------------------------------------------------------------- odd but possible input
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--mesh", "1x1"],
+        ["--mesh", "1x3"],
+        ["--mesh", "3x1", "--global-batch", "3"],
+        ["--mesh", "5x2", "--global-batch", "1"],
+        ["--mesh", "1x7", "--global-batch", "7", "--seq", "1"],
+        ["--mesh", "1x2", "--global-batch", "1", "--seq", "1"],
+        ["--mesh", "2x2", "--global-batch", "13", "--microbatches", "13"],
+        ["--mesh", "64x1", "--global-batch", "64"],
+        ["--mesh", "1x4", "--pin", "all: tp=4", "--forbid", "sp"],
+    ],
+    ids=" ".join,
+)
+def test_degenerate_search_gives_a_plan_or_says_clearly_why_not(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main([*words, "--gpu", "h100", "--model", "llama-tiny", "--out", "plan.json"])
+    shown = capsys.readouterr()
+    assert status in (0, 3)
+    assert "Traceback" not in shown.err
+    if status == 0:
+        assert load_plan("plan.json").certificate is not None
+    else:
+        assert "expected" in shown.err or "nearest miss" in shown.err
+
+
+def test_absurd_hardware_profile_is_used_with_a_caution(capsys: pytest.CaptureFixture[str]) -> None:
+    absurd = toy_hardware(
+        matmul_flops_per_s={"bfloat16": 1e20, "float32": 1e14},
+        intra_node=Link(bandwidth_bytes_per_s=1e9, latency_s=0.0),
+        inter_node=Link(bandwidth_bytes_per_s=1e10, latency_s=1.0),
+    )
+    _document.save(absurd, "hardware.json")
+    words = ["--mesh", "2x1", "--model", "llama-tiny", "--global-batch", "8", "--hardware", "hardware.json"]
+    assert main([*words, "--out", "plan.json"]) == 0
+    shown = capsys.readouterr().out
+    for caution in ("1e+20 FLOP/s?", "faster than inside one?", "latency 1 s?"):
+        assert caution in shown
+    assert load_plan("plan.json").hardware == HardwareReference(
+        name=absurd.name, fingerprint=absurd.fingerprint, measured=False
+    )
+
+
+def test_bundled_hardware_raises_no_doubt() -> None:
+    for name in hardware_names():
+        assert doubts(load_hardware(name)) == []

@@ -18,6 +18,7 @@ from ._frontier import frontier_chart
 from ._map import layer_map, strategy_rows
 from ._markup import Markup, join, tag
 from ._memory import memory_charts
+from ._pictures import standalone
 from ._schedule import timeline_chart
 from ._style import STYLE
 
@@ -43,6 +44,31 @@ class PageContent:
     frontier: tuple[Point, ...] = ()
     note: str = ""
     """A caution for the reader."""
+
+
+def write_pictures(folder: Path, content: PageContent) -> list[Path]:
+    """Write the charts of the page as SVG files that stand alone; return their paths.
+
+    Raises:
+        DocumentError: the folder cannot be written.
+    """
+    subject, plan = content.subject, content.subject.plan
+    assert plan.predicted is not None
+    timeline = plan_timeline(plan, subject.model, subject.hardware)
+    memory = [stage.memory for stage in plan.predicted.stages[: plan.slices]]
+    charts = {
+        "map": layer_map(plan),
+        "timeline": timeline_chart(timeline),
+        "memory": memory_charts(timeline, memory, subject.budget_bytes),
+    }
+    if content.frontier:
+        peak = max(stage.peak_bytes for stage in plan.predicted.stages)
+        charts["frontier"] = frontier_chart(content.frontier, subject.budget_bytes, peak)
+    return [
+        write_text(picture, folder / f"{name}{number}.svg", "picture")
+        for name, markup in charts.items()
+        for number, picture in standalone(markup)
+    ]
 
 
 def render_page(content: PageContent) -> str:

@@ -7,12 +7,10 @@ import html.parser
 import re
 import shutil
 import subprocess
-import zlib
-from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import msgspec
-import numpy as np
 import pytest
 
 from galvatron_jax.cluster import parse_cluster
@@ -21,7 +19,7 @@ from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
 from galvatron_jax.profile import LayerRun, ModelProfile
 from galvatron_jax.search import find_plan
 from galvatron_jax.search.explain import Subject, memory_frontier
-from galvatron_jax.search.html import PageContent, render_page, write_page
+from galvatron_jax.search.html import PageContent, render_page, write_page, write_pictures
 from galvatron_jax.search.html._draw import ticks
 from galvatron_jax.search.html._markup import tag
 from tests.support.toy_models import llama_like_profile, toy_hardware
@@ -159,6 +157,14 @@ def test_page_of_every_schedule_is_drawn(shape: tuple[str, int, int, int]) -> No
     assert 'fill="url(#hatch)"' in text
 
 
+def test_pictures_stand_alone(tmp_path: Path) -> None:
+    content = PageContent(subject=Subject(pipeline("1f1b", 2, 4), MODEL, toy_hardware()))
+    written = write_pictures(tmp_path / "pictures", content)
+    assert [path.name for path in written] == ["map.svg", "timeline.svg", "memory1.svg", "memory2.svg"]
+    for path in written:
+        assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
 def test_attributes_and_text_are_escaped() -> None:
     assert tag("b", "<&>", title='"') == '<b title="&quot;">&lt;&amp;&gt;</b>'
     assert tag("p", tag("b", "x")) == "<p><b>x</b></p>"
@@ -178,8 +184,12 @@ MEASURE = """<script>
 const wide = [...document.querySelectorAll("body *")].filter(
   e => !e.closest(".chart, .scroll") && e.getBoundingClientRect().right > innerWidth + 1);
 const charts = [...document.querySelectorAll("svg")].filter(e => e.getBoundingClientRect().height > 20);
-document.title = JSON.stringify({width: innerWidth, wide: wide.length, charts: charts.length});
+const painted = [...document.querySelectorAll("svg rect")].filter(e => e.getBoundingClientRect().width > 2);
+const style = getComputedStyle(document.body);
+document.title = JSON.stringify({width: innerWidth, wide: wide.length, charts: charts.length,
+  fills: [...new Set(painted.map(e => getComputedStyle(e).fill))], ink: style.color, ground: style.backgroundColor});
 </script>"""
+FIRST_STRATEGY, BACKWARD = "rgb(78, 121, 167)", "rgb(89, 161, 79)"
 
 
 def browse(page: Path, *flags: str) -> str:
@@ -206,52 +216,24 @@ def test_browser_runs_nothing_that_a_name_says(page: Path) -> None:
     assert title[1].startswith("&lt;script&gt;")  # neither broken nor changed
 
 
-@pytest.mark.parametrize("width", [1280, 500])
-def test_browser_lays_the_page_out_without_overflow(page: Path, width: int) -> None:
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (500, "dark")])
+def test_browser_lays_the_page_out_without_overflow_and_in_colour(page: Path, width: int, scheme: str) -> None:
     policy = re.compile(r"<meta http-equiv[^>]*>")
     measured = page.parent / f"measured{width}.html"
     measured.write_text(policy.sub("", page.read_text()).replace("</body>", MEASURE + "</body>"))
-    title = re.search(r"<title>(.*?)</title>", browse(measured, f"--window-size={width},900", "--dump-dom"), re.DOTALL)
+    preferred = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
+    shown = browse(measured, f"--window-size={width},900", preferred, "--dump-dom")
+    title = re.search(r"<title>(.*?)</title>", shown, re.DOTALL)
     assert title is not None
     found = msgspec.json.decode(html.unescape(title[1]))
-    assert found == {"width": width, "wide": 0, "charts": found["charts"]}
+    assert (found["width"], found["wide"]) == (width, 0)
     assert found["charts"] >= 4
+    assert {FIRST_STRATEGY, BACKWARD} <= set(found["fills"])
+    ink, ground = brightness(found["ink"]), brightness(found["ground"])
+    assert abs(ink - ground) > 180
+    assert (ground < 60) == (scheme == "dark")
 
 
-def test_browser_paints_the_plan_in_colour(page: Path) -> None:
-    picture = page.parent / "page.png"
-    browse(page, "--window-size=520,800", f"--screenshot={picture}")
-    pixels = png_pixels(picture)
-    counts = Counter(tuple(pixel) for pixel in pixels.reshape(-1, pixels.shape[2])[:, :3].tolist())
-    assert counts[0x4E, 0x79, 0xA7] > 1000  # the first strategy of the map
-    assert len(counts) > 20
-
-
-def png_pixels(path: Path) -> np.ndarray:
-    """Decode an 8-bit RGB or RGBA picture (PNG specification, section 9: filters 0 to 4)."""
-    data, at, body, width, height, channels = path.read_bytes(), 8, b"", 0, 0, 0
-    while at < len(data):
-        size, name = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
-        if name == b"IHDR":
-            width, height = int.from_bytes(data[at + 8 : at + 12]), int.from_bytes(data[at + 12 : at + 16])
-            channels = {2: 3, 6: 4}[data[at + 17]]
-        body += data[at + 8 : at + 8 + size] if name == b"IDAT" else b""
-        at += size + 12
-    raw = np.frombuffer(zlib.decompress(body), np.uint8).reshape(height, 1 + width * channels)
-    rows = np.zeros((height + 1, width * channels + channels), np.int64)
-    for y in range(height):
-        kind, line, above = int(raw[y, 0]), raw[y, 1:].astype(np.int64), rows[y]
-        row = rows[y + 1]
-        if kind in (0, 2):
-            row[channels:] = (line + (above[channels:] if kind else 0)) % 256
-            continue
-        for x in range(0, width * channels, channels):
-            left, up, corner = row[x : x + channels], above[x + channels : x + 2 * channels], above[x : x + channels]
-            guess = left + up - corner
-            near = [abs(guess - v) for v in (left, up, corner)]
-            paeth = np.where(
-                (near[0] <= near[1]) & (near[0] <= near[2]), left, np.where(near[1] <= near[2], up, corner)
-            )
-            add = {1: left, 3: (left + up) // 2, 4: paeth}[kind]
-            row[x + channels : x + 2 * channels] = (line[x : x + channels] + add) % 256
-    return rows[1:, channels:].reshape(height, width, channels)
+def brightness(colour: str) -> float:
+    """The mean of ``rgb(r, g, b)``."""
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
