@@ -66,7 +66,7 @@ def pipeline(schedule: str, slices: int, microbatches: int, chunks: int = 1) -> 
     return msgspec.structs.replace(plan, predicted=estimate_plan(plan, MODEL, toy_hardware()))
 
 
-PLANS = [("1f1b", 1, 4, 1), ("1f1b", 2, 4, 1), ("gpipe", 2, 4, 1), ("1f1b", 4, 2, 1)]
+PLANS = [("1f1b", 1, 4, 1), ("1f1b", 2, 4, 1), ("gpipe", 2, 4, 1), ("1f1b", 4, 2, 1), ("interleaved-1f1b", 2, 4, 2)]
 
 
 @pytest.mark.parametrize("shape", PLANS, ids=str)
