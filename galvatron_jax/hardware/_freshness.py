@@ -22,6 +22,9 @@ ABSURD_RATIO = 8.0
 """Beyond it in either direction a figure is doubted. Links differ most between machines with one kind of GPU: 400 Gb/s
 for each GPU or for eight of them."""
 
+MOST_FLOPS_PER_S, MOST_BYTES_PER_S, MOST_LATENCY_S = 1e17, 1e14, 0.01
+"""Of one device: ten times what the fastest one of 2026 does; a hundred times a slow network's latency."""
+
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
@@ -67,7 +70,8 @@ def _absurd(hardware: HardwareProfile) -> Iterator[str]:
     try:
         usual = load_hardware(hardware.device)
     except DocumentNotFoundError:
-        return  # nothing to hold it against
+        yield from _unheard_of(hardware)  # no bundled profile to hold it against
+        return
     pairs = {
         "memory_bandwidth_bytes_per_s": (hardware.memory_bandwidth_bytes_per_s, usual.memory_bandwidth_bytes_per_s),
         "memory_bytes": (hardware.memory_bytes, usual.memory_bytes),
@@ -82,3 +86,20 @@ def _absurd(hardware: HardwareProfile) -> Iterator[str]:
         ratio = value / expected
         if not 1 / ABSURD_RATIO <= ratio <= ABSURD_RATIO:
             yield f"doubtful: {name} is {value:.3g}, {ratio:.3g} times that of a usual {usual.name}"
+
+
+def _unheard_of(hardware: HardwareProfile) -> Iterator[str]:
+    """What no device of today does."""
+    inside, between = hardware.intra_node, hardware.inter_node
+    flops_per_s = max(hardware.matmul_flops_per_s.values())
+    bytes_per_s = max(
+        hardware.memory_bandwidth_bytes_per_s, inside.bandwidth_bytes_per_s, between.bandwidth_bytes_per_s
+    )
+    latency_s = max(inside.latency_s, between.latency_s)
+    found = {
+        f"matrix products at {flops_per_s:.3g} FLOP/s": flops_per_s > MOST_FLOPS_PER_S,
+        f"memory or links at {bytes_per_s:.3g} bytes/s": bytes_per_s > MOST_BYTES_PER_S,
+        "links between nodes faster than inside one": between.bandwidth_bytes_per_s > inside.bandwidth_bytes_per_s,
+        f"a latency of {latency_s:.3g} s": latency_s > MOST_LATENCY_S,
+    }
+    yield from (f"doubtful: {what}; check the profile of {hardware.name}" for what, is_odd in found.items() if is_odd)

@@ -34,8 +34,6 @@ MAX_LAYERS = 10_000
 MAX_ELEMENTS = 2.0**62
 """Of one array, per sample; beyond this sums of bytes are no longer exact."""
 NVIDIA_SMI_LIMIT_S = 5.0
-MOST_FLOPS_PER_S, MOST_BYTES_PER_S, MOST_LATENCY_S = 1e17, 1e14, 0.01
-"""Of one device: ten times what the fastest one of 2026 does; a hundred times a slow network's latency."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,29 +100,10 @@ def assumption_lines(inputs: Inputs, options: Options) -> list[Line]:
         labelled("cluster", Piece(nodes, "bold"), _links(inputs), Piece(f"   {measured}", "dim")),
     ]
     lines[1:1] = [*_attention(model, hardware), *_measured(model, hardware)]
-    stale = freshness_notes(hardware, visible_gpu=visible_gpu() if hardware.provenance else None)
-    notes = [note for note in (inputs.gpu_note, *stale, *doubts(hardware)) if note]
-    lines += [labelled("", Piece(clean(note), "yellow")) for note in notes]
+    doubts = freshness_notes(hardware, visible_gpu=visible_gpu() if hardware.provenance else None)
+    doubts = doubts if options.peer is None else []  # another tool's files say neither driver nor date
+    lines += [labelled("", Piece(clean(note), "yellow")) for note in (inputs.gpu_note, *doubts) if note]
     return [*lines, labelled("budget", _budget(inputs, options)), labelled("batch", _batches(inputs, options))]
-
-
-def doubts(hardware: HardwareProfile) -> list[str]:
-    """Return what no device of today does: a profile that says so was measured or written wrongly."""
-    inside, between = hardware.intra_node, hardware.inter_node
-    fastest = max(hardware.matmul_flops_per_s.values())
-    found = {
-        f"matmul {fastest:.3g} FLOP/s": fastest > MOST_FLOPS_PER_S,
-        f"memory {hardware.memory_bandwidth_bytes_per_s / GB:.3g} GB/s": hardware.memory_bandwidth_bytes_per_s
-        > MOST_BYTES_PER_S,
-        f"links {max(inside.bandwidth_bytes_per_s, between.bandwidth_bytes_per_s) / GB:.3g} GB/s": max(
-            inside.bandwidth_bytes_per_s, between.bandwidth_bytes_per_s
-        )
-        > MOST_BYTES_PER_S,
-        "links between nodes faster than inside one": between.bandwidth_bytes_per_s > inside.bandwidth_bytes_per_s,
-        f"latency {max(inside.latency_s, between.latency_s):.3g} s": max(inside.latency_s, between.latency_s)
-        > MOST_LATENCY_S,
-    }
-    return [f"{clean(hardware.name)}: {what}? check the hardware profile" for what, odd in found.items() if odd]
 
 
 def _attention(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
