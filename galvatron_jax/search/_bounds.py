@@ -159,13 +159,18 @@ def whole_seconds(prices: Prices, assigner: Assigner, shape: Shape, microbatches
     any limit. At one of its fullest moments a slice holds at least one microbatch of each of its stages (gpipe: all).
     """
     board = assigner.board(Weights(1.0, 1.0, 0.0), microbatches if shape.schedule == "gpipe" else 1)
-    kinds = [float(cost.min()) if len(cost) else 0.0 for cost in board.cost]
-    found = list(itertools.accumulate((kinds[kind] for kind in prices.order.tolist()), initial=0.0))
+    found = fastest_seconds(prices)
     smallest = min(float(live.min()) for live in board.live if len(live))
-    counts = np.bincount(prices.order, minlength=len(kinds)).astype(np.float64)
+    counts = np.bincount(prices.order, minlength=len(prices.kinds)).astype(np.float64)
     room = shape.slices * (assigner.capacity_bytes - smallest)
     found[-1] = board.relaxation.whole_bound(counts, room)
     return found
+
+
+def fastest_seconds(prices: Prices) -> list[float]:
+    """Return the least seconds of one microbatch through the first ``n`` layers, at index ``n``."""
+    kinds = [float((kind.forward_s + kind.backward_s).min()) if len(kind.layout) else 0.0 for kind in prices.kinds]
+    return list(itertools.accumulate((kinds[kind] for kind in prices.order.tolist()), initial=0.0))
 
 
 def end_of(layers: int) -> Floats:

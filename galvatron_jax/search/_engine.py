@@ -10,8 +10,8 @@ least when all these are equal: ``G / (1 - (1 - 1/m)^S)``. With several stages e
 (``_space.even_cuts``), the mean over s of the same is at least ``(m G + sum over 0 < r < S of G_(c_r)) / S``, with
 ``G_n`` of the first ``n`` layers.
 
-1. **rough**, without pricing anything: ``G`` counts products at the best efficiency of their kind, memory-bound traffic
-   at the full bandwidth, all divided by the slice's devices;
+1. **rough**, without pricing anything: ``G`` counts products and memory-bound traffic, divided by the slice's devices
+   (``cost.least_seconds``);
 2. **whole**: ``G`` is the Lagrangian bound of all layers together, with layers in fractions, layouts for free and the
    memory of all slices in one;
 3. **relaxed**: ``Pipeline.bound_s``, which knows boundaries and each slice's memory.
@@ -149,7 +149,7 @@ class Engine:
         """Return a lower bound on the step time by products and traffic alone."""
         samples = candidate.global_batch / candidate.microbatches
         devices = self.problem.cluster.devices // candidate.slices
-        return self._filled(candidate, [samples / devices * seconds for seconds in self.prices.least_seconds])
+        return self._filled(candidate, self.prices.least_seconds(samples / devices))
 
     def whole_bound_s(self, candidate: Candidate) -> float:
         """Return a lower bound on the step time by the prices of all layers together; infinite: nothing is legal."""
@@ -170,7 +170,7 @@ class Engine:
 
     def _even_cuts(self, stages: int) -> tuple[tuple[int, ...], ...]:
         if stages not in self._cuts:
-            self._cuts[stages] = even_cuts(stages, self.prices.least_seconds)
+            self._cuts[stages] = even_cuts(stages, self.prices.work)
         return self._cuts[stages]
 
     def _first_plan(self, heap: list[_Entry]) -> None:
@@ -224,14 +224,16 @@ class Engine:
         prices = self.prices_of(candidate)
         if prices is None:
             return None
+        limit = self._limit(candidate.global_batch)
         pipeline = Pipeline(
             prices,
             self._assigner(prices),
             candidate.shape,
             candidate.microbatches,
             lambda solution: self._report(candidate, solution),
+            limit,
         )
-        return pipeline if pipeline.bound_s < self._limit(candidate.global_batch) else None
+        return pipeline if pipeline.bound_s < limit else None
 
     def _assigner(self, prices: Prices) -> Assigner:
         return self._assigners.setdefault(id(prices), Assigner(prices, self.problem.budget_bytes, self._ask))

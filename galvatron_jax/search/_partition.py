@@ -58,10 +58,14 @@ class Partition:
         self.paths = [bottleneck_path(slices, m, s, chunks) for s in range(slices)]
         self.paths += self.pipeline.paths
 
-    @property
-    def bound_s(self) -> float:
-        """No choice of strategies takes less."""
-        return max(self._bound(path, {}) for path in self.paths)
+    def bound_s(self, enough: float) -> float:
+        """Return a bound that no choice of strategies stays below; not always the best one when it is ``enough``."""
+        bound = 0.0
+        for path in reversed(self.paths):
+            bound = max(bound, self._bound(path, {}))
+            if bound >= enough:
+                break
+        return bound
 
     def solve(self, known: Solution | None) -> Solution | None:
         """Return the best solution below the pipeline's limit, which ``known`` has set, or None."""
@@ -132,6 +136,8 @@ class Partition:
 
     def _least(self, chosen: int, path: Path, fixed: dict[int, SliceChoice]) -> float:
         """Least contribution of a slice to a path; infinite when nothing fits."""
+        if not any(map(any, self._weights(path, chosen))):
+            return 0.0  # whether anything fits, its own bottleneck path tells
         choice = self._choice(chosen, path, fixed)
         return np.inf if choice is None else choice.cost(self._weights(path, chosen))
 

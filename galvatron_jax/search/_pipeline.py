@@ -19,19 +19,42 @@ Complexity: the bounds take O(stages * layers^2) for each cut; the search visits
 
 from __future__ import annotations
 
+import functools
+import heapq
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..schedule import Schedule, build_schedule, in_flight_units
+from ..schedule import Schedule, build_schedule, in_flight_microbatches, in_flight_units
 from ._assignment import Assigner
-from ._bounds import Bounds
+from ._bounds import Bounds, fastest_seconds
 from ._partition import Partition, Solution
 from ._paths import Path
 from ._pricing import Prices, message_buffers
 from ._space import Shape, even_cuts
 from ._stage import ROUNDING, Section, Span
+
+SAME_AGAIN = 4
+"""Groups of S microbatches after which an interleaved schedule only repeats itself: the fill takes less than two, the
+drain as many (a test compares)."""
+
+
+def fullest_moments(shape: Shape, microbatches: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Return the fullest moments of every slice, as microbatches in flight by chunk (``schedule.in_flight_units``)."""
+    slices, schedule, chunks = shape
+    if chunks == 1:
+        return tuple(((in_flight_microbatches(schedule, s, slices, microbatches),),) for s in range(slices))
+    return _interleaved_moments(slices, min(microbatches, SAME_AGAIN * slices), chunks)
+
+
+@functools.lru_cache(maxsize=1024)
+def _interleaved_moments(slices: int, microbatches: int, chunks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    return tuple(
+        tuple(sorted(in_flight_units("interleaved-1f1b", s, slices, microbatches, chunks), reverse=True))
+        for s in range(slices)
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -50,30 +73,34 @@ class Pipeline:
     """By slice: the fullest moments, as microbatches in flight by chunk."""
     bounds: Bounds | None = field(init=False)
     """None when there are few boundaries."""
-    _ranked: list[tuple[float, tuple[int, ...]]] = field(default_factory=list)
-    """(bound, boundaries) of interleaved stages, ascending."""
+    _ranked: list[tuple[float, bool, tuple[int, ...]]] = field(default_factory=list)
+    """(bound, whether slices were solved for it, boundaries) of interleaved stages, as a heap."""
+    _fastest: list[float] = field(default_factory=list)
+    """Least seconds of one microbatch through the first ``n`` layers, at index ``n``."""
     _schedule: Schedule = ()
 
     def __post_init__(self) -> None:
         """Bound all bottleneck paths for all boundaries."""
-        slices, schedule, chunks = self.shape
-        self.moments = tuple(
-            tuple(sorted(in_flight_units(schedule, s, slices, self.microbatches, chunks), reverse=True))
-            for s in range(slices)
-        )
+        chunks = self.shape.chunks
+        self.moments = fullest_moments(self.shape, self.microbatches)
         self.bounds = None
         if chunks == 1:
             in_flight = tuple(moments[0][0] for moments in self.moments)
             self.bounds = Bounds(self.prices, self.assigner, self.shape, self.microbatches, in_flight)
         else:
+            self._fastest = fastest_seconds(self.prices)
             every = even_cuts(self.shape.stages, self.prices.work)
-            self._ranked = sorted((Partition(self, boundaries).bound_s, boundaries) for boundaries in every)
+            self._ranked = [(self._quick_bound_s(boundaries), False, boundaries) for boundaries in every]
+            heapq.heapify(self._ranked)
 
     @property
     def bound_s(self) -> float:
         """No choice of boundaries and strategies takes less."""
         if self.bounds is not None:
             return self.bounds.whole_s
+        while self._ranked and not self._ranked[0][1] and self._ranked[0][0] < self.limit:
+            _, _, boundaries = self._ranked[0]
+            heapq.heapreplace(self._ranked, (Partition(self, boundaries).bound_s(self.limit), True, boundaries))
         return self._ranked[0][0] if self._ranked else np.inf
 
     @property
@@ -131,9 +158,19 @@ class Pipeline:
         """Yield boundaries whose bound is below the limit, the most promising first."""
         if self.bounds is not None:
             yield from self._depth_first(self.bounds)
-        for bound, boundaries in self._ranked:
-            if bound < self.limit * (1 - ROUNDING):
-                yield boundaries
+        ranked = self._ranked.copy()  # the bound of all boundaries stays what it is until all of them are done
+        while self._ranked and self.bound_s < self.limit * (1 - ROUNDING):
+            yield heapq.heappop(self._ranked)[2]
+        self._ranked = ranked
+
+    def _quick_bound_s(self, boundaries: tuple[int, ...]) -> float:
+        """The bottleneck paths with each layer under its fastest strategy."""
+        ahead, transfers, fill, bound = self._fastest, self.transfers(boundaries), 0.0, 0.0
+        spent = [ahead[b] - ahead[a] for a, b in itertools.pairwise(boundaries)]
+        for s in range(self.shape.slices):
+            bound = max(bound, fill + self.microbatches * sum(spent[s :: self.shape.slices]))
+            fill += spent[s] + 2 * transfers[s]
+        return bound
 
     def _depth_first(self, bounds: Bounds) -> Iterator[tuple[int, ...]]:
         """Take the most promising next stage first."""

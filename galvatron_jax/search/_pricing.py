@@ -8,7 +8,6 @@ it is dropped.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -118,10 +117,10 @@ class Prices:
     transfer_BJ: Floats
     """Seconds of that message, by the slice ``b`` before the boundary."""
     work: tuple[float, ...]
-    """Least seconds of the first ``n`` layers, at index ``n`` (``PriceList.least_seconds``)."""
+    """Least seconds of the first ``n`` layers, at index ``n`` (``PriceList.work``)."""
 
 
-@dataclass
+@dataclass(slots=True)
 class PriceList:
     """Prices made on demand and kept."""
 
@@ -129,6 +128,7 @@ class PriceList:
     order: Ints = field(init=False)
     contents: Contents = field(init=False)
     sides: tuple[SideValue, ...] = field(init=False)
+    _least: dict[float, tuple[float, ...]] = field(default_factory=dict)
     _held: dict[tuple[int, int, bool], Prices | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -155,13 +155,21 @@ class PriceList:
             self._held[key] = _price(self, setting)
         return self._held[key]
 
-    @functools.cached_property
-    def least_seconds(self) -> tuple[float, ...]:
-        """Least seconds of one sample through the first ``n`` layers on one device, at index ``n``."""
-        problem = self.problem
-        causal = problem.model.causal_attention
-        kinds = [least_seconds(kind, problem.hardware, causal) for kind in problem.model.kinds]
-        return tuple(itertools.accumulate((kinds[kind] for kind in self.order.tolist()), initial=0.0))
+    def least_seconds(self, samples: float) -> tuple[float, ...]:
+        """Least seconds of ``samples`` for each device through the first ``n`` layers, at index ``n``."""
+        if samples not in self._least:
+            problem = self.problem
+            causal = problem.model.causal_attention
+            kinds = [least_seconds(kind, problem.hardware, causal, samples) for kind in problem.model.kinds]
+            self._least[samples] = tuple(
+                itertools.accumulate((kinds[kind] for kind in self.order.tolist()), initial=0.0)
+            )
+        return self._least[samples]
+
+    @property
+    def work(self) -> tuple[float, ...]:
+        """Work of the first ``n`` layers, at index ``n``: what ``_space.even_cuts`` cuts evenly."""
+        return self.least_seconds(1.0)
 
 
 def message_buffers(prices: Prices, stages: int, stage: int, cuts: tuple[int, int]) -> float:
@@ -188,7 +196,7 @@ def _price(price_list: PriceList, setting: Setting) -> Prices | None:
     messages = _messages(price_list, setting)
     boundaries = setting.slices if setting.slices > 1 else 0
     transfers = _transfers(messages, setting, boundaries)
-    work = price_list.least_seconds
+    work = price_list.work
     return Prices(layouts, kinds, relayouts, order, price_list.contents, messages, transfers, work)
 
 

@@ -132,7 +132,7 @@ def _menus(
 def work(model: ModelProfile, hardware: HardwareProfile) -> list[float]:
     """Least seconds of the first ``n`` layers, at index ``n``."""
     each = [
-        least_seconds(model.kind(run.kind), hardware, model.causal_attention)
+        least_seconds(model.kind(run.kind), hardware, model.causal_attention, 1.0)
         for run in model.layers
         for _ in range(run.count)
     ]
