@@ -20,10 +20,10 @@ from __future__ import annotations
 
 from ..plan import Strategy
 from ..profile import LayerKind
-from ._kind import is_fused, summarise, weigh
-from ._memory import STATE, layer_memory
+from ._kind import weigh
+from ._memory import STATE, layer_memory, local_bytes
 from ._overlap import exposed_seconds
-from ._values import LayerCost, Setting, Shares
+from ._values import LayerCost, Setting
 from ._weights import Spread, borrows, weight_work
 from ._work import layer_work, spread_of
 
@@ -40,7 +40,8 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
         DocumentError: the hardware profile lacks the matmul rate of an operand dtype.
     """
     hardware, gpus, training = setting.hardware, setting.gpus_per_node, setting.training
-    work = layer_work(kind, hardware, spread_of(strategy), setting.microbatch, setting.causal_attention, gpus)
+    spread = spread_of(strategy)
+    work = layer_work(kind, hardware, spread, setting.microbatch, setting.causal_attention, gpus)
     state, accumulates, pipelined = training.state_bytes_per_parameter, setting.microbatches > 1, setting.slices > 1
     weights = weight_work(kind, hardware, Spread.of(strategy), accumulates, state, gpus, pipelined)
     again = work.again[strategy.remat]
@@ -57,7 +58,15 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
     data_b = work.backward.data_s + again.data_s
     data_b += exposed_seconds(behind_s, weights.gather_s + weights.reduce_each_s, slowdown)
     times["data_communication"] = data_f + data_b
-    memory = _memory(kind, strategy, setting)
+    held = weigh(kind, strategy.tp, strategy.zero_ranks)
+    memory = layer_memory(
+        local_bytes(kind, hardware, spread, setting.microbatch),
+        held,
+        strategy,
+        training,
+        accumulates=accumulates,
+        borrowing=borrows(held, pipelined),
+    )
     return LayerCost(
         forward_s=forward_s + work.forward.tensor_s + data_f,
         backward_s=behind_s + work.backward.tensor_s + again.tensor_s + data_b,
@@ -68,19 +77,4 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
         live_bytes=memory["live"],
         times=times,
         memory=memory,
-    )
-
-
-def _memory(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:
-    sums = summarise(kind, is_fused(kind, setting.hardware))
-    shares = Shares.of(kind, strategy, setting.microbatch)
-    weights = weigh(kind, strategy.tp, strategy.zero_ranks)
-    return layer_memory(
-        sums,
-        weights,
-        strategy,
-        shares,
-        setting.training,
-        accumulates=setting.microbatches > 1,
-        borrowing=borrows(weights, setting.slices > 1),
     )

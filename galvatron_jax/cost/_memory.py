@@ -37,21 +37,48 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from math import ceil
+from typing import NamedTuple
 
 from ..plan import Strategy, Training
-from ..profile import HardwareProfile
-from ._kind import KindSums, Weights
+from ..profile import HardwareProfile, LayerKind
+from ._kind import Weights, is_fused, summarise
+from ._memo import remembered
 from ._values import LayerCost, Shares
 
 STATE = ("parameters", "gradients", "optimizer")
 """Categories that make up ``LayerCost.state_bytes``."""
 
 
+class LocalBytes(NamedTuple):
+    """Bytes of one layer's activations on one device, whatever zero and remat do."""
+
+    stream_input: float
+    residuals: float
+    """Without remat."""
+    residuals_dots: float
+    """Under remat ``dots``."""
+    workspace: float
+    gathered: float
+    """What sequence parallelism gathers along the sequence."""
+
+
+@remembered
+def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, microbatch: int) -> LocalBytes:
+    """Return the bytes of activations under a spread (``_work.spread_of``) for one microbatch of the stage."""
+    sums, shares = summarise(kind, is_fused(kind, hardware)), Shares.of(kind, spread, microbatch)
+    return LocalBytes(
+        sums.stream_input.at(shares),
+        sums.residuals.at(shares),
+        sums.residuals_dots.at(shares),
+        sums.workspace.at(shares),
+        sums.gathered.at(shares) if spread.sp else 0.0,
+    )
+
+
 def layer_memory(
-    sums: KindSums,
+    local: LocalBytes,
     weights: Weights,
     strategy: Strategy,
-    shares: Shares,
     training: Training,
     *,
     accumulates: bool,
@@ -60,26 +87,24 @@ def layer_memory(
     """Return the bytes of one layer by category (residuals: of one microbatch).
 
     Args:
-        sums: The layer kind.
+        local: Its activations under the strategy's spread.
         weights: Its parameters under the strategy's (tp, zero ranks).
         strategy: The strategy.
-        shares: What the strategy leaves on one device.
         training: What the optimizer keeps.
         accumulates: More than one microbatch per step.
         borrowing: A layer before it on the same stage keeps its tied parameters.
     """
     zero, remat = strategy.zero, strategy.remat
     held = weights.own if borrowing else weights.held
-    residuals = sums.residuals.at(shares)
-    kept = {"none": residuals, "dots": sums.residuals_dots.at(shares), "full": 0.0}[remat]
-    live = sums.workspace.at(shares) + _weight_copies(weights, 3 if borrowing else zero) + weights.replicated.computed
-    live += sums.gathered.at(shares) if strategy.sp else 0.0
+    kept = {"none": local.residuals, "dots": local.residuals_dots, "full": 0.0}[remat]
+    live = local.workspace + _weight_copies(weights, 3 if borrowing else zero) + weights.replicated.computed
+    live += local.gathered
     return {
         "parameters": held(zero >= 3).stored,
         "gradients": held(zero >= (2 if accumulates else 1)).stored,
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
-        "residuals": sums.stream_input.at(shares) + kept,
-        "live": live + max(0.0, residuals - kept),
+        "residuals": local.stream_input + kept,
+        "live": live + max(0.0, local.residuals - kept),
     }
 
 

@@ -41,20 +41,17 @@ SAME_AGAIN = 4
 drain as many (a test compares)."""
 
 
-def fullest_moments(shape: Shape, microbatches: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Return the fullest moments of every slice, as microbatches in flight by chunk (``schedule.in_flight_units``)."""
+def fullest_moments(shape: Shape, microbatches: int, s: int) -> tuple[tuple[int, ...], ...]:
+    """Return the fullest moments of slice ``s``, as microbatches in flight by chunk (``schedule.in_flight_units``)."""
     slices, schedule, chunks = shape
     if chunks == 1:
-        return tuple(((in_flight_microbatches(schedule, s, slices, microbatches),),) for s in range(slices))
-    return _interleaved_moments(slices, min(microbatches, SAME_AGAIN * slices), chunks)
+        return ((in_flight_microbatches(schedule, s, slices, microbatches),),)
+    return _interleaved_moments(s, slices, min(microbatches, SAME_AGAIN * slices), chunks)
 
 
-@functools.lru_cache(maxsize=1024)
-def _interleaved_moments(slices: int, microbatches: int, chunks: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    return tuple(
-        tuple(sorted(in_flight_units("interleaved-1f1b", s, slices, microbatches, chunks), reverse=True))
-        for s in range(slices)
-    )
+@functools.lru_cache(maxsize=4096)
+def _interleaved_moments(s: int, slices: int, microbatches: int, chunks: int) -> tuple[tuple[int, ...], ...]:
+    return tuple(sorted(in_flight_units("interleaved-1f1b", s, slices, microbatches, chunks), reverse=True))
 
 
 @dataclass(slots=True, eq=False)
@@ -69,8 +66,6 @@ class Pipeline:
     """Called between steps of the search with the best solution so far; may raise to stop it."""
     limit: float = np.inf
     """Step time that a solution must stay below."""
-    moments: tuple[tuple[tuple[int, ...], ...], ...] = field(init=False)
-    """By slice: the fullest moments, as microbatches in flight by chunk."""
     bounds: Bounds | None = field(init=False)
     """None when there are few boundaries."""
     _ranked: list[tuple[float, bool, tuple[int, ...]]] = field(default_factory=list)
@@ -82,15 +77,15 @@ class Pipeline:
     def __post_init__(self) -> None:
         """Bound all bottleneck paths for all boundaries."""
         chunks = self.shape.chunks
-        self.moments = fullest_moments(self.shape, self.microbatches)
         self.bounds = None
         if chunks == 1:
-            in_flight = tuple(moments[0][0] for moments in self.moments)
+            every = range(self.shape.slices)
+            in_flight = tuple(fullest_moments(self.shape, self.microbatches, s)[0][0] for s in every)
             self.bounds = Bounds(self.prices, self.assigner, self.shape, self.microbatches, in_flight)
         else:
             self._fastest = fastest_seconds(self.prices)
-            every = even_cuts(self.shape.stages, self.prices.work)
-            self._ranked = [(self._quick_bound_s(boundaries), False, boundaries) for boundaries in every]
+            even = even_cuts(self.shape.stages, self.prices.work)
+            self._ranked = [(self._quick_bound_s(boundaries), False, boundaries) for boundaries in even]
             heapq.heapify(self._ranked)
 
     @property
@@ -137,7 +132,11 @@ class Pipeline:
         buffers = sum(
             message_buffers(self.prices, self.shape.stages, k, (boundaries[k], boundaries[k + 1])) for k in stages
         )
-        return Span(tuple(self._section(k, boundaries) for k in stages), self.moments[s], buffers)
+        return Span(
+            tuple(self._section(k, boundaries) for k in stages),
+            fullest_moments(self.shape, self.microbatches, s),
+            buffers,
+        )
 
     def learn(self, path: Path) -> None:
         """Use a path as a bound for all boundaries."""

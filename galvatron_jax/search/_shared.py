@@ -20,7 +20,7 @@ Complexity: the product of the kinds' options that survive, usually some thousan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,13 +53,14 @@ class _Table(NamedTuple):
 
     picked: Ints
     """Option of each kind so far, (choice, kind)."""
-    times: Floats
+    cost: Floats
     bytes: Floats
+    """(choice, moment)."""
     live: Floats
 
     def at(self, keep: Ints) -> _Table:
         """Some of the rows."""
-        return _Table(self.picked[keep], self.times[keep], self.bytes[keep], self.live[keep])
+        return _Table(self.picked[keep], self.cost[keep], self.bytes[keep], self.live[keep])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +77,15 @@ class SharedSlice:
         table = self._combine(weights, np.inf, thin=True)
         if not len(table.live):
             return None
-        return self._choice(table, int(self._cost(table.times, weights).argmin()))
+        best = table.picked[int(table.cost.argmin())][None, :]
+        return self._choice(best[0], self._times(best)[0])
 
     def within(self, weights: SliceWeights, limit: float) -> list[SliceChoice]:
         """Return all choices that cost at most ``limit`` and that no other one beats or equals in all times."""
-        table = self._combine(weights, limit * (1 + ROUNDING), thin=False)
-        kept = table.at(np.flatnonzero(undominated(table.times.reshape(len(table.live), -1))))
-        return [self._choice(kept, i) for i in range(len(kept.live))]
+        picked = self._combine(weights, limit * (1 + ROUNDING), thin=False).picked
+        times = self._times(picked)
+        kept = np.flatnonzero(undominated(times.reshape(len(picked), -1)))
+        return [self._choice(picked[i], times[i]) for i in kept.tolist()]
 
     @functools.cached_property
     def _options(self) -> tuple[_Options, ...]:
@@ -110,28 +113,44 @@ class SharedSlice:
 
     def _combine(self, weights: SliceWeights, limit: float, *, thin: bool) -> _Table:
         options, moments = self._options, len(self.span.moments)
-        table = _Table(np.zeros((1, 0), np.int64), np.zeros((1, len(weights), 3)), np.zeros((1, moments)), np.zeros(1))
+        costs = [_cost(option.times, weights) for option in options]
+        table = _Table(np.zeros((1, 0), np.int64), np.zeros(1), np.zeros((1, moments)), np.zeros(1))
         for at, more in enumerate(options):
             self.poll()
-            table = self._joined(table, more, at)
-            table = table.at(np.flatnonzero(self._promising(table, options[at + 1 :], weights, limit)))
+            table = self._joined(table, more, costs[at], weights, at)
+            least = sum(float(cost.min()) for cost in costs[at + 1 :])
+            table = table.at(np.flatnonzero(self._fits(table, options[at + 1 :]) & (table.cost + least <= limit)))
             if thin and len(table.live) > FEW_ROWS and at + 1 < len(options):
-                columns = np.column_stack([self._cost(table.times, weights), table.bytes, table.live])
+                columns = np.column_stack([table.cost, table.bytes, table.live])
                 table = table.at(np.flatnonzero(undominated(columns, self._labels(table))))
         return table
 
-    def _joined(self, table: _Table, more: _Options, at: int) -> _Table:
+    def _joined(self, table: _Table, more: _Options, cost: Floats, weights: SliceWeights, at: int) -> _Table:
         """All choices of the table with all options of one more kind."""
         old = np.repeat(np.arange(len(table.live)), len(more.live))
         new = np.tile(np.arange(len(more.live)), len(table.live))
-        times = table.times[old] + more.times[new]
-        for c, (first, second) in self._neighbours(at):
-            kind, before, after = self._meeting(table.picked[old], new, first, second)
-            relayouts = self.prices.relayouts[kind]
-            times[:, c, 0] += relayouts.forward_s[before, after]
-            times[:, c, 1] += relayouts.backward_s[before, after]
         picked = np.column_stack([table.picked[old], new])
-        return _Table(picked, times, table.bytes[old] + more.bytes[new], np.maximum(table.live[old], more.live[new]))
+        total = table.cost[old] + cost[new]
+        for c, forward_s, backward_s in self._changes(picked, at):
+            total += weights[c].forward * forward_s + weights[c].backward * backward_s
+        return _Table(picked, total, table.bytes[old] + more.bytes[new], np.maximum(table.live[old], more.live[new]))
+
+    def _times(self, picked: Ints) -> Floats:
+        """Times of complete choices: (choice, stage, forward or backward or step end)."""
+        times = np.zeros((len(picked), len(self.span.sections), 3))
+        for at, options in enumerate(self._options):
+            times += options.times[picked[:, at]]
+            for c, forward_s, backward_s in self._changes(picked[:, : at + 1], at):
+                times[:, c, 0] += forward_s
+                times[:, c, 1] += backward_s
+        return times
+
+    def _changes(self, picked: Ints, at: int) -> Iterator[tuple[int, Floats, Floats]]:
+        """Yield (stage, forward seconds, backward seconds) of layout changes that the choice of kind ``at`` decides."""
+        for c, (first, second) in self._neighbours(at):
+            relayouts = self.prices.relayouts[self._options[second].kind]
+            before, after = (self._options[place].layout[picked[:, place]] for place in (first, second))
+            yield c, relayouts.forward_s[before, after], relayouts.backward_s[before, after]
 
     def _neighbours(self, at: int) -> list[tuple[int, tuple[int, int]]]:
         """(stage, positions of two kinds that follow each other there), where the later known of them is ``at``."""
@@ -144,24 +163,12 @@ class SharedSlice:
             if max(pair) == at
         ]
 
-    def _meeting(self, picked: Ints, new: Ints, first: int, second: int) -> tuple[int, Ints, Ints]:
-        """(kind that takes the stream, layouts before, layouts after)."""
-        at = picked.shape[1]
-        before, after = (
-            self._options[place].layout[new if place == at else picked[:, place]] for place in (first, second)
-        )
-        return self._options[second].kind, before, after
-
-    def _promising(
-        self, table: _Table, rest: tuple[_Options, ...], weights: SliceWeights, limit: float
-    ) -> np.typing.NDArray[np.bool_]:
-        """Mark what may still fit, at no more than ``limit``."""
-        least_bytes = sum((options.bytes.min(axis=0) for options in rest), np.zeros(table.bytes.shape[1]))
-        least_cost = sum(float(self._cost(options.times, weights).min()) for options in rest)
+    def _fits(self, table: _Table, rest: tuple[_Options, ...]) -> np.typing.NDArray[np.bool_]:
+        """Mark what may still fit."""
+        least = sum((options.bytes.min(axis=0) for options in rest), np.zeros(table.bytes.shape[1]))
         live = functools.reduce(np.maximum, (options.live.min() for options in rest), table.live)
         room = self.capacity_bytes - self.span.buffer_bytes - live
-        fits = (table.bytes + least_bytes <= room[:, None]).all(axis=1)
-        return np.asarray(fits & (self._cost(table.times, weights) + least_cost <= limit))
+        return np.asarray((table.bytes + least <= room[:, None]).all(axis=1))
 
     def _labels(self, table: _Table) -> Ints:
         """Equal where all kinds so far have equal layouts."""
@@ -170,21 +177,21 @@ class SharedSlice:
             labels = labels * len(self.prices.layouts) + options.layout[picked]
         return labels
 
-    def _cost(self, times: Floats, weights: SliceWeights) -> Floats:
-        total = np.zeros(len(times))
-        for c, weight in enumerate(weights):
-            for i in range(3):
-                total += weight[i] * times[:, c, i]
-        return total
-
-    def _choice(self, table: _Table, at: int) -> SliceChoice:
+    def _choice(self, picked: Ints, times: Floats) -> SliceChoice:
         rows = {
-            options.kind: int(options.rows[pick])
-            for options, pick in zip(self._options, table.picked[at].tolist(), strict=True)
+            options.kind: int(options.rows[pick]) for options, pick in zip(self._options, picked.tolist(), strict=True)
         }
         stages = []
-        for times, section in zip(table.times[at].tolist(), self.span.sections, strict=True):
-            forward, backward, step_end = times
+        for (forward, backward, step_end), section in zip(times.tolist(), self.span.sections, strict=True):
             runs = tuple((kind, rows[kind], layers) for kind, layers in section.runs)
             stages.append(StageChoice(forward, backward, step_end, runs))
         return SliceChoice(tuple(stages))
+
+
+def _cost(times: Floats, weights: SliceWeights) -> Floats:
+    """Weigh the times of each stage, in a fixed order."""
+    total = np.zeros(len(times))
+    for c, weight in enumerate(weights):
+        for i in range(3):
+            total += weight[i] * times[:, c, i]
+    return total

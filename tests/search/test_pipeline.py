@@ -11,14 +11,16 @@ from galvatron_jax.search._space import Shape
 @pytest.mark.parametrize("chunks", [2, 3, 8])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 5, 9])
 def test_fullest_moments_repeat_after_a_few_groups(slices: int, chunks: int, groups: int) -> None:
-    found = fullest_moments(Shape(slices, "interleaved-1f1b", chunks), groups * slices)
-    for s, moments in enumerate(found):
-        assert set(moments) == in_flight_units("interleaved-1f1b", s, slices, groups * slices, chunks)
+    shape = Shape(slices, "interleaved-1f1b", chunks)
+    for s in range(slices):
+        assert set(fullest_moments(shape, groups * slices, s)) == in_flight_units(
+            "interleaved-1f1b", s, slices, groups * slices, chunks
+        )
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("microbatches", [1, 3, 9])
 def test_fullest_moment_of_one_chunk(name: str, microbatches: int) -> None:
     shape = Shape(4, name, 1)  # type: ignore[arg-type]  # both are schedules
-    for s, moments in enumerate(fullest_moments(shape, microbatches)):
-        assert set(moments) == in_flight_units(name, s, 4, microbatches)
+    for s in range(4):
+        assert set(fullest_moments(shape, microbatches, s)) == in_flight_units(name, s, 4, microbatches)
