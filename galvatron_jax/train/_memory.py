@@ -12,6 +12,7 @@ from .._document import save
 from ..errors import DeviceMemoryError
 from ..plan import Plan
 from ..profile import HardwareProfile
+from ..record import DeviceMemory
 from ..units import format_gib
 from ._plans import HARDWARE_NAME, PLAN_NAME
 
@@ -64,11 +65,19 @@ def learn_margin(hardware: HardwareProfile, folder: Path) -> HardwareProfile:
     return learnt
 
 
+def device_memory() -> tuple[DeviceMemory, ...]:
+    """Return the peak of each local device; nothing where the backend does not tell (CPU)."""
+    stats = [(device.id, device.memory_stats()) for device in jax.local_devices()]
+    return tuple(
+        DeviceMemory(device=number, peak_bytes=int(s["peak_bytes_in_use"]))
+        for number, s in stats
+        if s and "peak_bytes_in_use" in s
+    )
+
+
 def peak_bytes() -> int | None:
-    """Return the peak of the fullest local device; None where the backend does not tell (CPU)."""
-    stats = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [int(s["peak_bytes_in_use"]) for s in stats if s and "peak_bytes_in_use" in s]
-    return max(peaks, default=None)
+    """Return the peak of the fullest local device; None where the backend does not tell."""
+    return max((memory.peak_bytes for memory in device_memory()), default=None)
 
 
 def _actual() -> str:

@@ -116,12 +116,12 @@ def open_trackers(config: LogConfig, folder: Path) -> list[Tracker]:
     Raises:
         ConfigError: one needs an extra that is not installed.
     """
-    trackers: list[Tracker] = [JsonLines(folder / METRICS_NAME)]
+    trackers: list[Tracker] = []
     if config.tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard"))
     if config.wandb:
         trackers.append(WeightsAndBiases(config.wandb, folder))
-    return trackers
+    return [JsonLines(folder / METRICS_NAME), *trackers]
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:

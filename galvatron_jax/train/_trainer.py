@@ -44,6 +44,7 @@ from ._plans import HARDWARE_NAME, PLAN_NAME, Choice, choose_plan, describe_chan
 from ._preflight import check_preflight, gather_facts
 from ._profile_window import ProfileWindow
 from ._ranks import Ranks, current_ranks
+from ._record import write_record
 from ._report import Reporter
 from ._signals import StopRequest, watch_signals
 from ._trackers import open_trackers, read_metrics
@@ -193,9 +194,12 @@ class AutoTrainer:
                 step=step,
             )
             try:
-                return loop.run()
+                outcome = loop.run()
             except jax.errors.JaxRuntimeError as error:
                 raise self._translated(error, sharded.plan, f"step {loop.step + 1}") from error
+            if ranks.index == 0:
+                write_record(sharded.plan, reporter.step_times_s, self.folder)
+            return outcome
 
     def _settle_config(self, ranks: Ranks, say: Callable[[str], None]) -> tuple[RunConfig, Choice]:
         """Fill in what the plan or the run so far decides, check that it is the same run, and keep it."""

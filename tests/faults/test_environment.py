@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import pytest
 
 from galvatron_jax.errors import PreflightError
@@ -97,8 +98,6 @@ class TalkingRanks(OneRank):
 
 
 def test_preflight_lets_equal_processes_pass() -> None:
-    import msgspec
-
     facts = gather_facts(config="c", plan="p")
     other = {**facts, "host": "elsewhere", "process": "1"}
     check_preflight(TalkingRanks(msgspec.json.encode(other).decode()), facts)
@@ -106,8 +105,6 @@ def test_preflight_lets_equal_processes_pass() -> None:
 
 @pytest.mark.parametrize("name", ["plan", "settings", "jax", "device kind", "galvatron_jax", "local devices"])
 def test_preflight_names_the_first_difference_of_a_rank(name: str) -> None:
-    import msgspec
-
     facts = gather_facts(config="c", plan="p")
     other = {**facts, "host": "node7", name: "other"}
     with pytest.raises(PreflightError) as error:
