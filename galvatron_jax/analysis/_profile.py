@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import msgspec
 
 from ..profile import BATCH, SEQ, LayerKind, LayerRun, ModelProfile
 from ._batch import abstract_batch, sample_count
+from ._boundaries import Crossings, find_crossings
 from ._cut import Cut, Segment, cut_layers
 from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
 from ._flow import trained_values
@@ -78,7 +80,23 @@ def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
         if segment.kind not in kinds:
             kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names)
         _hand_down(segment, kinds[segment.kind], names)
-    return kinds
+    crossings = find_crossings(cut, len(trace.has_samples))
+    return {name: _placed(kind, cut, crossings, set(paths)) for name, kind in kinds.items()}
+
+
+def _placed(kind: AnalysedKind, cut: Cut, crossings: Crossings, parameters: set[Variable]) -> AnalysedKind:
+    """Add what only the whole program knows: how boundary values flow, and which parameters other layers hold too."""
+    segments = [segment for segment in cut.segments if segment.kind == kind.profile.name]
+    profile = crossings.classify(kind.profile, segments, parameters)
+    tied = [index in segments[0].tied for index in kind.layer.parameters]
+    profile = msgspec.structs.replace(
+        profile,
+        parameters=tuple(
+            msgspec.structs.replace(parameter, tied=is_tied)
+            for parameter, is_tied in zip(profile.parameters, tied, strict=True)
+        ),
+    )
+    return dataclasses.replace(kind, profile=profile)
 
 
 def _positions(cut: Cut, trained: set[Variable]) -> dict[str, list[int]]:
