@@ -202,8 +202,8 @@ class Ulysses(Value, frozen=True, kw_only=True):
     classes: tuple[str, ...] = ()
     """Classes sharded in place of ``seq`` inside attention (heads); none in a layer without attention."""
     collectives: tuple[Collective, ...] = ()
-    """Per microbatch, the reductions of weight gradients and of sums over ``batch`` (see ``LayerKind.data``) left out;
-    exchanged arrays are local: divided by the shards of ``batch`` and once by the degree."""
+    """Per microbatch; what is summed over ``batch`` too is left out (``LayerKind.data``, gradients of parameters).
+    Exchanged arrays are local: divided by the shards of ``batch`` and once by the degree."""
 
 
 class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):

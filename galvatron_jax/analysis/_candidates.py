@@ -4,7 +4,8 @@ A set is legal when no operation holds two of its classes or one of them twice (
 an array only), no operation needs one of them whole, none of them is a class of the stream, and each stands first in
 its dimension of every parameter (a ``NamedSharding`` cannot name a minor part of a dimension; ``_factored`` rewrites
 programs where that alone is in the way). Sets are ranked by the share of matmul FLOPs they divide, then by the bytes of
-their collectives. Megatron's choice for a Llama block, {kv heads, mlp}, is the best set: it is derived here, not
+their collectives; those that reduce arrays larger than the stream (logits, scores) come last, since no share of the
+FLOPs is worth that. Megatron's choice for a Llama block, {kv heads, mlp}, is the best set: it is derived here, not
 written down.
 
 No operation holds two classes of a set, so each operation is divided, and each collective caused, by one class alone:
@@ -20,7 +21,7 @@ import math
 from collections.abc import Iterable
 
 from ._collectives import Predicted, sequence_collectives, sequence_is_free, tensor_collectives
-from ._dimensions import Op
+from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
 
 _MAX_CLASSES = 4
@@ -38,13 +39,18 @@ class ClassSet:
     flops_share: float
     collective_bytes: int
     max_degree: int
+    reduces_more_than_stream: bool
+    """Some array that it reduces has more elements than the stream."""
 
 
 def stream_classes(layer: Layer) -> frozenset[int]:
     """Return the classes of the stream: of the differentiable values that enter and leave the layer."""
+    return frozenset(f for v in _stream_values(layer) for f in layer.dimensions.flat_classes(v))
+
+
+def _stream_values(layer: Layer) -> list[Value]:
     inputs = [layer.inputs[i] for i in layer.differentiated if i not in layer.parameters]
-    outputs = [v for v in layer.outputs if len(v.shape) > 1]
-    return frozenset(f for v in inputs + outputs for f in layer.dimensions.flat_classes(v))
+    return inputs + [v for v in layer.outputs if len(v.shape) > 1]
 
 
 def class_sets(layer: Layer, *, factored: bool = False) -> list[ClassSet]:
@@ -64,7 +70,12 @@ def class_sets(layer: Layer, *, factored: bool = False) -> list[ClassSet]:
         if all(pair in apart for pair in itertools.combinations(chosen, 2))
     ]
     useful = [s for s in sets if s.flops_share > 0 and s.max_degree > 1]
-    return sorted(useful, key=lambda s: (-round(s.flops_share, _SHARE_DIGITS), s.collective_bytes, sorted(s.classes)))
+    return sorted(useful, key=_rank)
+
+
+def _rank(found: ClassSet) -> tuple[bool, float, int, list[int]]:
+    share = -round(found.flops_share, _SHARE_DIGITS)
+    return found.reduces_more_than_stream, share, found.collective_bytes, sorted(found.classes)
 
 
 def tensor_parallel(layer: Layer, found: ClassSet) -> tuple[Predicted, ...]:
@@ -158,11 +169,14 @@ def _held(layer: Layer, op: Op) -> set[int]:
 
 # ------------------------------------------------------------------------------------------------------------- figures
 def _measure(layer: Layer, chosen: frozenset[int]) -> ClassSet:
+    reduced = [collective.value for collective in tensor_collectives(layer, chosen)]
+    stream = max((math.prod(v.shape) for v in _stream_values(layer)), default=0)
     return ClassSet(
         classes=chosen,
         flops_share=_share(layer, chosen),
-        collective_bytes=sum(collective.value.bytes for collective in tensor_collectives(layer, chosen)),
+        collective_bytes=sum(value.bytes for value in reduced),
         max_degree=math.gcd(*[layer.dimensions.factors.size(f) for f in chosen]),
+        reduces_more_than_stream=any(math.prod(value.shape) > stream for value in reduced),
     )
 
 
@@ -173,6 +187,7 @@ def _joined(parts: Iterable[ClassSet]) -> ClassSet:
         flops_share=sum(p.flops_share for p in parts),
         collective_bytes=sum(p.collective_bytes for p in parts),
         max_degree=math.gcd(*[p.max_degree for p in parts]),
+        reduces_more_than_stream=any(p.reduces_more_than_stream for p in parts),
     )
 
 

@@ -4,9 +4,9 @@ Rules (``A``: the classes sharded over the tensor axes; both passes are explicit
 
 * an operation that sums over a class of ``A`` leaves partial results: all-reduce of its result;
 * with sequence parallelism, a value that carries the whole stream (batch, seq, embed) and no class of ``A`` is sharded
-  along ``seq``: the all-reduce becomes a reduce-scatter, and a product (or scatter) of such a value with an operand or
-  result sharded over ``A`` gathers it first: once in each pass for all its readers, since gathered copies are not kept
-  in between;
+  along ``seq``, and so is what sums and fused operations make of it: the all-reduce becomes a reduce-scatter, and a
+  product (or scatter) of such a value with an operand or result sharded over ``A`` gathers it first: once in each pass
+  for all its readers, since gathered copies are not kept in between;
 * a sum over ``seq`` of such a value (the gradient of a norm's weight) is an all-reduce of its small result;
 * sharding ``batch``: every sum over it is an all-reduce; those that end in parameter gradients are left to the caller,
   who knows the ZeRO level.
@@ -57,11 +57,11 @@ def sequence_is_free(layer: Layer, sharded: frozenset[int], stream: frozenset[in
     It can when nothing there needs ``seq`` whole, and every kernel that reads the stream is one over ``sharded``:
     attention whose heads are not sharded would have to gather.
     """
-    factors = layer.dimensions.factors
+    factors, along = layer.dimensions.factors, _sharded_along(layer, sharded, stream, seq)
     if factors.is_blocked(seq):
         return False
     for op in layer.ops:
-        outside = [v for v in _stream_inputs(layer, op, stream) if not layer.classes(v) & sharded]
+        outside = [v for v in op.inputs if id(v) in along]
         if outside and is_kernel_name(op.name) and not _holds(layer, op, sharded):
             return False
         if any(v is value and seq in factors.resolve(dim) for v in outside for value, dim in op.gathered):
@@ -78,17 +78,36 @@ def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozense
         stream: All classes of the stream.
         seq: The sequence class.
     """
-    found = _gathers(layer, sharded, stream)
+    along = _sharded_along(layer, sharded, stream, seq)
+    found = _gathers(layer, sharded, along)
     for op in layer.ops:
         if layer.contracted(op) & sharded:
             kind: CollectiveKind = "reduce-scatter" if stream <= layer.classes(op.outputs[0]) else "all-reduce"
             found.append(reduction(layer, op, sharded, kind))
-        elif seq in layer.contracted(op) and not _holds(layer, op, sharded) and _stream_inputs(layer, op, stream):
+        elif seq in layer.contracted(op) and any(id(v) in along for v in op.inputs) and not _holds(layer, op, sharded):
             found.append(reduction(layer, op, frozenset([seq])))
     return found
 
 
-def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> list[Predicted]:
+def _sharded_along(layer: Layer, sharded: frozenset[int], stream: frozenset[int], seq: int) -> set[int]:
+    """Return the ids of the values that sequence parallelism shards along ``seq``.
+
+    Those that carry the whole stream and nothing of ``sharded``, and what is made of them element by element or by
+    sums, while it has ``seq``.
+    """
+    edges = [*layer.dimensions.inputs, *(v for op in layer.ops for v in op.outputs)]
+    found = {id(v) for v in edges if stream <= layer.classes(v) and not layer.classes(v) & sharded}
+    for op in layer.ops:
+        if not is_kernel_name(op.name) and any(id(v) in found for v in op.inputs):
+            found.update(
+                id(v)
+                for v in op.outputs
+                if layer.dimensions.flat_classes(v).count(seq) == 1 and not layer.classes(v) & sharded
+            )
+    return found
+
+
+def _gathers(layer: Layer, sharded: frozenset[int], along: set[int]) -> list[Predicted]:
     """Gather sharded-along-``seq`` operands of products and scatters over ``sharded``, once in each pass.
 
     What the backward pass gathers again need not be gathered by a recomputed forward pass too.
@@ -96,8 +115,8 @@ def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> l
     found: dict[tuple[Phase, int], tuple[Op, Value]] = {}
     for op in layer.ops:
         if is_kernel_name(op.name) and _holds(layer, op, sharded):
-            for value in _stream_inputs(layer, op, stream):
-                if not layer.classes(value) & sharded:
+            for value in op.inputs:
+                if id(value) in along:
                     whole = behind_views(layer, value)
                     found.setdefault((phase_of(op), id(whole)), (op, whole))
     return [
@@ -116,11 +135,6 @@ def _gathers(layer: Layer, sharded: frozenset[int], stream: frozenset[int]) -> l
 def _holds(layer: Layer, op: Op, classes: frozenset[int]) -> bool:
     """Tell whether an operand or result of ``op`` carries one of ``classes``."""
     return any(layer.classes(v) & classes for v in [*op.inputs, *op.outputs])
-
-
-def _stream_inputs(layer: Layer, op: Op, stream: frozenset[int]) -> list[Value]:
-    """Return the operands of ``op`` that carry the whole stream."""
-    return [value for value in op.inputs if stream <= layer.classes(value)]
 
 
 def data_collectives(layer: Layer, batch: int, seq: int | None) -> list[Predicted]:

@@ -15,7 +15,7 @@ from ._collectives import data_collectives, tensor_collectives
 from ._cut import Segment
 from ._factored import factor
 from ._layer import Layer, analyse_layer
-from ._names import Given, Names, name_classes
+from ._names import Given, Names, name_classes, samples
 from ._quantities import Quantities
 from ._ulysses import Attention, find_attention, ulysses_collectives
 
@@ -62,10 +62,10 @@ def analyse_kind(
         factored: Rewrite the program where the flat form of a parameter loses a class (``_factored``); whoever runs it
             must keep parameters in ``stored_shapes``.
     """
-    layer = analyse_layer(segment, list(parameters), differentiated)
+    layer = analyse_layer(segment, list(parameters), differentiated, samples(given))
     sets = class_sets(layer)
     if factored:
-        layer, sets = _factored(layer, sets)
+        layer, sets = _factored(layer, sets, samples(given))
     names = name_classes(layer, given)
     by_name = {name: f for f, name in names.items()}
     batch, seq = by_name.get(BATCH), by_name.get(SEQ)
@@ -98,7 +98,7 @@ def analyse_kind(
     )
 
 
-def _factored(layer: Layer, sets: list[ClassSet]) -> tuple[Layer, list[ClassSet]]:
+def _factored(layer: Layer, sets: list[ClassSet], batched: Sequence[int]) -> tuple[Layer, list[ClassSet]]:
     """Return the layer in factored form and its class sets, or both unchanged where the flat form loses nothing."""
     wanted = next(iter(class_sets(layer, factored=True)), None)
     flat_share = sets[0].flops_share if sets else 0.0
@@ -107,7 +107,7 @@ def _factored(layer: Layer, sets: list[ClassSet]) -> tuple[Layer, list[ClassSet]
     segment = factor(layer, wanted.classes)
     if segment is None:
         return layer, sets
-    layer = analyse_layer(segment, layer.parameters, layer.differentiated)
+    layer = analyse_layer(segment, layer.parameters, layer.differentiated, batched)
     return layer, class_sets(layer)
 
 

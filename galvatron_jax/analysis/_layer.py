@@ -102,18 +102,23 @@ def phase_of(op: Op) -> Phase:
     return "backward" if BACKWARD in op.scope else "forward"
 
 
-def analyse_layer(segment: Segment, parameters: Sequence[int], differentiated: Sequence[int]) -> Layer:
+def analyse_layer(
+    segment: Segment, parameters: Sequence[int], differentiated: Sequence[int], samples: Sequence[int] = ()
+) -> Layer:
     """Trace both passes of ``segment`` and analyse their dimensions.
 
     Args:
         segment: A segment of a cut program.
         parameters: Indices of the inputs that are trained parameters.
         differentiated: Indices of the inputs that need a cotangent.
+        samples: Indices of the inputs whose dimension 0 holds the same samples, whether an operation says so or not.
     """
     chosen = tuple(differentiated)
     joint, outputs, kept = _trace_both_passes(segment, chosen)
     walk = Walk(Factors())
     arguments = [walk.fresh(v.aval) for v in joint.inputs]
+    for index in samples[1:]:
+        walk.factors.unify(arguments[samples[0]].dims[0], arguments[index].dims[0])
     forward = flatten(segment.program, is_plain_call)
     _, forward_values = walk.run(forward, arguments[: len(segment.inputs)])
     walk.ops.clear()

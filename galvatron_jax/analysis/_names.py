@@ -19,6 +19,11 @@ Given = Mapping[int, Sequence[Sequence[str | None]]]
 """Names already known, by input index: one list of factor names per dimension (None: unknown)."""
 
 
+def samples(given: Given) -> list[int]:
+    """Return the inputs whose dimension 0 holds the samples of the batch."""
+    return [i for i, dims in given.items() if dims and list(dims[0]) == [BATCH]]
+
+
 def name_classes(layer: Layer, given: Given) -> Names:
     """Return a name for every shardable class of ``layer``.
 

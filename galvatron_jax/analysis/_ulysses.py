@@ -20,7 +20,7 @@ from typing import get_args
 
 from ..profile import CollectiveKind
 from ..strategy import Remat
-from ._collectives import Predicted, behind_views, reduction, without_gradients
+from ._collectives import Predicted, behind_views, reduction
 from ._dimensions import Op, Value
 from ._flatten import Equation, Variable
 from ._layer import Layer, phase_of
@@ -84,7 +84,7 @@ def ulysses_collectives(layer: Layer, attention: Attention, batch: int, seq: int
         for i, op in enumerate(layer.ops)
         if i not in border.inside and seq in layer.contracted(op) and batch not in layer.contracted(op)
     ]
-    return found + without_gradients(layer, sums)
+    return found + sums
 
 
 # ---------------------------------------------------------------------------------------------------------- the border
