@@ -80,8 +80,6 @@ class KindSums(NamedTuple):
     residuals: LocalSum
     residuals_dots: LocalSum
     """The same under remat ``dots``; nothing when the profile does not know it."""
-    copied: tuple[Array, ...]
-    """Keys and values: what is copied when tp exceeds the kv heads (``Candidate.spill``)."""
     workspace: LocalSum
     gathered: LocalSum
     """Bytes of what sequence parallelism gathers along the sequence in one backward pass: cotangents, and the stream
@@ -161,7 +159,6 @@ def summarise(kind: LayerKind, fused: bool) -> KindSums:
         stream_input=_total(kind, stream, fused),
         residuals=_total(kind, kind.residuals, fused),
         residuals_dots=_total(kind, kind.residuals_dots or (), fused),
-        copied=_copied(kind),
         workspace=_total(kind, kind.workspace, fused),
         gathered=_gathered(kind),
         flops=_sample_flops(kind, kind.dots),
@@ -224,17 +221,6 @@ def _dot(kind: LayerKind, dot: Dot, fused: bool) -> DotSum:
 def _scores(kind: LayerKind) -> list[Dot]:
     """Attention products of the forward pass: their dtype is that of query, key and value."""
     return [dot for dot in kind.dots if dot.attention and dot.phase == "forward"]
-
-
-def _copied(kind: LayerKind) -> tuple[Array, ...]:
-    """What the forward pass keeps that carries kv heads and a batch, but not the query heads of a group."""
-    spill = kind.best_candidate.spill if kind.best_candidate else {}
-    return tuple(
-        array
-        for name, rest in spill.items()
-        for array in kind.residuals
-        if {BATCH, name} <= set(array.classes) and rest not in array.classes and not array.attention
-    )
 
 
 def _traffic(kind: LayerKind, phase: Phase, fused: bool, *, batch: bool) -> LocalSum:

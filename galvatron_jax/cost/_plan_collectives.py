@@ -5,9 +5,12 @@ Listed for one microbatch's forward and backward pass, layer by layer:
     tensor     of the trailing mesh axes (``_work``): tensor parallelism, with keys and values copied where tp exceeds
                the kv heads, or Ulysses; a recomputed forward pass runs some of them again
     data       of sharding the batch over the dp ranks, parameter gradients left out (the mean of the loss)
-    weights    zero 3 gathers the parameters that its ranks divide, in forward and in backward, in the compute dtype
+    weights    zero 3 gathers the parameters that its ranks divide, in forward and, those that the backward pass reads
+               (``Parameter.reread``), in backward, in the compute dtype; a tied one not again in forward where the
+               layer that holds it has the same strategy
     gradient   zero 0 all-reduces all gradients over all ranks with the same weights; otherwise those that the zero
-               ranks divide are reduce-scattered, and with replicas the shards all-reduced
+               ranks divide are reduce-scattered, and with replicas the shards all-reduced. A gradient that adds up
+               several partial results is reduced as often, or once where sums are merged (``Parameter.sums``)
     relayout   between neighbours of a stage (``_stream.relayout_steps``); backward takes the way back
 
 A partitioner may spell a reduce-scatter as an all-reduce of the same bytes and a slice (XLA:CPU always does, XLA:GPU
@@ -19,12 +22,11 @@ Tied parameters are listed by the strategy of the layer that uses them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Literal
 
-from ..plan import Plan, Strategy, check_plan
-from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Phase
-from ._kind import weigh
+from ..plan import Plan, Strategy, check_plan, zero_dim
+from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
 from ._stream import relayout_steps, stream_arrays
 from ._values import Shares
 from ._weights import Spread
@@ -71,11 +73,13 @@ def plan_collectives(
     position = 0
     for stage in plan.stages:
         before: Strategy | None = None
+        held: set[Strategy] = set()
         for name, strategy in stage.layers():
             layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size)
             found += layer.relayout(before) if before else ()
             found += layer.activations(merged=sums_before_reducing)
-            found += layer.weights()
+            found += layer.weights(merged=sums_before_reducing, held=held)
+            held.add(strategy)
             before, position = strategy, position + 1
     return tuple(found)
 
@@ -105,23 +109,47 @@ class _PlannedLayer:
         yield from self._of_passes(inner_collectives(self.kind, self.strategy), "tensor", merged)
         yield from self._of_passes(data_collectives(self.kind, self.strategy), "data", merged)
 
-    def weights(self) -> Iterator[PlannedCollective]:
-        """Yield the gathers of parameters and the reductions of their gradients."""
+    def weights(self, *, merged: bool, held: Container[Strategy]) -> Iterator[PlannedCollective]:
+        """Yield the gathers of parameters and the reductions of their gradients.
+
+        Args:
+            merged: Partial results are added up before they are reduced.
+            held: Strategies under which layers before have gathered tied parameters.
+        """
         spread = Spread.of(self.strategy)
         if spread.ranks == 1 or not self.kind.parameters:
             return
-        ranks, zero = spread.zero_ranks, spread.zero
-        weights = weigh(self.kind, spread.tp, ranks)
-        divided, whole = weights.divided.computed, weights.whole.computed
-        if zero >= 3 and divided:
-            yield self._planned("all-gather", "weights", "forward", ranks, divided)
-            yield self._planned("all-gather", "weights", "backward", ranks, divided)
-        if zero and divided:
-            yield self._planned("reduce-scatter", "gradient", "backward", ranks, divided)
-        if zero and divided and spread.replicas > 1:
-            yield self._planned("all-reduce", "gradient", "backward", spread.replicas, divided / ranks)
-        if rest := whole if zero else divided + whole:
-            yield self._planned("all-reduce", "gradient", "backward", spread.ranks, rest)
+        ranks, zero, remat = spread.zero_ranks, spread.zero, self.strategy.remat
+        if zero >= 3:
+            new = self._bytes(True, lambda p: not (p.tied and self.strategy in held))
+            yield from self._some("all-gather", "weights", "forward", ranks, new)
+            yield from self._some(
+                "all-gather", "weights", "backward", ranks, self._bytes(True, lambda p: remat in p.reread)
+            )
+        divided, whole = (self._bytes(part, lambda p: min(p.sums, 1) if merged else p.sums) for part in (True, False))
+        if not zero:
+            yield from self._some("all-reduce", "gradient", "backward", spread.ranks, divided + whole)
+            return
+        yield from self._some("reduce-scatter", "gradient", "backward", ranks, divided)
+        if spread.replicas > 1:
+            yield from self._some("all-reduce", "gradient", "backward", spread.replicas, divided / ranks)
+        yield from self._some("all-reduce", "gradient", "backward", spread.ranks, whole)
+
+    def _bytes(self, divided: bool, times: Callable[[Parameter], float]) -> float:
+        """Bytes of the parameters that zero can divide, or of the others, each so many times, in the compute dtype."""
+        candidate, ranks, sizes = self.kind.best_candidate, self.strategy.zero_ranks, self.kind.classes
+        shards = candidate.shards(self.strategy.tp, sizes) if candidate else {}
+        return sum(
+            times(p) * p.array(p.compute_dtype).local_bytes(sizes, shards)
+            for p in self.kind.parameters
+            if (zero_dim(p, sizes, shards, ranks) is not None) == divided
+        )
+
+    def _some(
+        self, kind: CollectiveKind, cause: Cause, phase: Phase, group: int, size_bytes: float
+    ) -> Iterator[PlannedCollective]:
+        if size_bytes:
+            yield self._planned(kind, cause, phase, group, size_bytes)
 
     def _of_passes(
         self, collectives: Iterable[SpreadCollective], cause: Cause, merged: bool

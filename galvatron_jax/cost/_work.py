@@ -3,28 +3,30 @@
 Collectives of the trailing mesh axes, by strategy:
 
 * **tensor parallelism**: those of the profile's candidate, with or without sequence parallelism. Where tp exceeds the
-  kv heads, each key and value is copied to ``r = tp / gcd(tp, kv heads)`` ranks that hold different query heads of its
-  group; its cotangent is a sum over all heads of the group, so backward all-reduces it over these ``r`` ranks (beside
-  each other). Source: the rule of docs/design/0003-backward-pass.md, "an operation that sums over a sharded class
-  leaves partial results".
+  kv heads, keys and values are computed alike by the ranks that share a kv head, and the profile has other collectives
+  (``Candidate.spilled``): sums over kv heads take in fewer ranks than sums over all heads, and the cotangents of keys
+  and values are sums over the heads of a group;
 * **Ulysses** (Jacobs et al. 2023, section 3.1): all-to-alls of queries, keys, values and of the result, over the
   ``ulysses`` ranks, and what else the profile names; gradients of weights are ``_weights``'s.
 
-Rematerialisation runs those again that ``recomputed`` marks: all of them under ``full``; under ``dots`` only the
-all-to-alls around attention (attention itself runs again, from kept projections in the layout of the sequence). A
-reduced product is kept as reduced, so no collective of tensor parallelism runs again.
+A collective's group has the ranks that shard the classes it sums over (``Collective.over``). Rematerialisation runs
+those again that the profile marks (``recomputed``, ``recomputed_dots``).
 
 Strategies that differ in zero alone share one ``Work``, so it is remembered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
+
+import msgspec
 
 from ..measured import Pass
 from ..plan import Strategy
-from ..profile import Collective, HardwareProfile, LayerKind, Phase
+from ..profile import BATCH, SEQ, Candidate, Collective, HardwareProfile, LayerKind, Phase
 from ..strategy import Remat
 from ._collectives import collective_seconds, device_group
 from ._compute import compute_seconds, recompute_seconds
@@ -64,9 +66,9 @@ class SpreadCollective(NamedTuple):
 
     def size_bytes(self, kind: LayerKind, shares: Shares) -> float:
         """Return the bytes of the array of one of them."""
-        return array_bytes(kind, self.collective.array).at(
-            shares if self.local else Shares(shares.microbatch, shares.dp)
-        )
+        # Under sp, too, what is reduced or gathered is whole along the sequence; all but gathers are local otherwise.
+        shares = dataclasses.replace(shares, sp=False) if self.local else Shares(shares.microbatch, shares.dp)
+        return array_bytes(kind, self.collective.array).at(shares)
 
     def number(self, *, merged: bool) -> int:
         """Return how many there are when the compiler does or does not sum before it reduces."""
@@ -144,42 +146,44 @@ def spread_of(strategy: Strategy) -> Strategy:
 
 def inner_collectives(kind: LayerKind, strategy: Strategy) -> Iterator[SpreadCollective]:
     """Yield the collectives over the trailing mesh axes that one microbatch causes."""
-    if strategy.ulysses > 1 and kind.ulysses is not None:
-        yield from _spread(kind.ulysses.collectives, strategy.ulysses, 1)
     candidate = kind.best_candidate
+    if strategy.ulysses > 1 and kind.ulysses is not None:
+        yield from _spread(kind, kind.ulysses.collectives, strategy)
     if strategy.tp > 1 and candidate is not None:
-        sequence = candidate.sequence if strategy.sp else None
-        yield from _spread(candidate.tensor if sequence is None else sequence, strategy.tp, 1)
-        yield from _copy_reductions(kind, strategy.tp)
+        yield from _spread(kind, candidate.collectives(strategy.tp, kind.classes, sp=strategy.sp), strategy)
 
 
 def data_collectives(kind: LayerKind, strategy: Strategy) -> Iterator[SpreadCollective]:
     """Yield the collectives of sharding the batch, parameter gradients left out."""
-    if strategy.dp > 1:
-        yield from _spread(kind.data, strategy.dp, strategy.inner)
+    for collective in kind.data:
+        over = collective.over if strategy.ulysses > 1 and collective.over else (BATCH,)
+        yield from _spread(kind, [msgspec.structs.replace(collective, over=over)], strategy)
 
 
 def runs_again(collective: Collective, remat: Remat) -> bool:
     """Return whether rematerialisation repeats ``collective`` in the backward pass."""
-    if not collective.recomputed or collective.phase != "forward":
+    if collective.phase != "forward":
         return False
-    return remat == "full" or (remat == "dots" and collective.kind == "all-to-all")
+    return (remat == "full" and collective.recomputed) or (remat == "dots" and collective.recomputed_dots)
 
 
-def _spread(collectives: Iterable[Collective], ranks: int, stride: int) -> Iterator[SpreadCollective]:
-    for collective in collectives:
-        local = collective.kind in ("all-to-all", "collective-permute")
-        yield SpreadCollective(collective, ranks, stride, local)
-
-
-def _copy_reductions(kind: LayerKind, tp: int) -> Iterator[SpreadCollective]:
-    """Yield the sums of the cotangents of copied keys and values, each over the ranks that hold the same kv heads."""
+def _spread(kind: LayerKind, collectives: Iterable[Collective], strategy: Strategy) -> Iterator[SpreadCollective]:
     candidate = kind.best_candidate
-    assert candidate is not None
-    shards = candidate.shards(tp, kind.classes)
-    for name, rest in candidate.spill.items():
-        if shards.get(rest, 1) > 1:
-            for array in summarise(kind, False).copied:
-                if name in array.classes:
-                    summed = Collective(phase="backward", kind="all-reduce", array=array, merged_count=array.count)
-                    yield SpreadCollective(summed, shards[rest], 1, True)
+    shards = candidate.shards(strategy.tp, kind.classes) if candidate and strategy.tp > 1 else {}
+    sizes = {**shards, BATCH: strategy.dp}
+    if strategy.ulysses > 1 or strategy.sp:
+        sizes[SEQ] = strategy.inner
+    for collective in collectives:
+        ranks = math.prod(sizes.get(name, 1) for name in collective.over) if collective.over else strategy.inner
+        if ranks > 1:
+            local = bool(collective.over) or collective.kind in ("all-to-all", "collective-permute")
+            yield SpreadCollective(collective, ranks, _stride(candidate, collective, shards, strategy), local)
+
+
+def _stride(candidate: Candidate | None, collective: Collective, shards: Mapping[str, int], strategy: Strategy) -> int:
+    """Return the distance of neighbours in the group: batch outside, then classes, then what they spill into."""
+    if set(collective.over) == {BATCH}:
+        return strategy.inner
+    spill = candidate.spill if candidate else {}
+    inside = [rest for name, rest in spill.items() if name in collective.over and rest not in collective.over]
+    return math.prod(shards.get(rest, 1) for rest in inside)

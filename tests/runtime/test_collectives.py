@@ -1,7 +1,7 @@
 """The collectives that a plan is priced with are those of the compiled program: bytes to the last one.
 
 XLA:CPU spells a reduce-scatter as an all-reduce of the same bytes and a slice, so those two are taken together.
-All is float32: XLA:CPU widens narrower products, and with them their sums.
+Zero 3 gathers no lookup's table and no bias again for the backward pass. All is float32: XLA:CPU widens narrower products, and with them their sums.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SLOW_PLANS = {
     "sp remat": Case((tp(8, sp=True, remat="full"),) * 6),
     "sp and zero": Case((tp(2, sp=True, zero=1), tp(4, sp=True, zero=2), dp(2), tp(8, sp=True), tp(2), tp(4, sp=True))),
 }
-ZERO_3_PLANS = {
+SLOW_PLANS |= {
     "zero 3": Case((dp(3),) * 6),
     "zero 3 and tp": Case((dp(3), tp(2, zero=3), tp(4, sp=True, zero=3, remat="full"), dp(3, "full"), dp(3), tp(4))),
 }
@@ -59,17 +59,6 @@ CASES = [pytest.param(case, id=name) for name, case in EVERY_PLAN.items()] + [
 def test_predicted_collectives_equal_the_compiled_ones(case: Case) -> None:
     sharded = planned(case.strategies, model=llama(case.kv_heads))
     predicted = plan_collectives(sharded.plan, sharded.analysis.profile)
-    assert compiled_totals(collectives(sharded.compiled_gradients())) == predicted_totals(predicted)
-
-
-@pytest.mark.parametrize("case", ZERO_3_PLANS.values(), ids=ZERO_3_PLANS)
-def test_zero_3_gathers_all_but_the_embedding_again_in_backward(case: Case) -> None:
-    sharded = planned(case.strategies)
-    predicted = plan_collectives(sharded.plan, sharded.analysis.profile)
-    # A limit of the prediction: the backward pass of a lookup does not read the table, so that gather is dead code.
-    table = [c for c in predicted if (c.layer_kind, c.cause, c.phase) == ("embed", "weights", "backward")]
-    assert sum(c.bytes for c in table) == 128 * 64 * 4
-    predicted = tuple(c for c in predicted if c not in table)
     assert compiled_totals(collectives(sharded.compiled_gradients())) == predicted_totals(predicted)
 
 
