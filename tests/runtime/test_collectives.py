@@ -1,7 +1,8 @@
 """The collectives that a plan is priced with are those of the compiled program: bytes to the last one.
 
 XLA:CPU spells a reduce-scatter as an all-reduce of the same bytes and a slice, so those two are taken together.
-Zero 3 gathers no lookup's table and no bias again for the backward pass. All is float32: XLA:CPU widens narrower products, and with them their sums.
+Zero 3 gathers no lookup's table and no bias again for the backward pass. All is float32: XLA:CPU widens narrower
+products, and with them their sums.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ SLOW_PLANS = {
     "sp": Case((tp(4, sp=True),) * 6),
     "sp remat": Case((tp(8, sp=True, remat="full"),) * 6),
     "sp and zero": Case((tp(2, sp=True, zero=1), tp(4, sp=True, zero=2), dp(2), tp(8, sp=True), tp(2), tp(4, sp=True))),
-}
-SLOW_PLANS |= {
     "zero 3": Case((dp(3),) * 6),
     "zero 3 and tp": Case((dp(3), tp(2, zero=3), tp(4, sp=True, zero=3, remat="full"), dp(3, "full"), dp(3), tp(4))),
 }
