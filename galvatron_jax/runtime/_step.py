@@ -27,6 +27,7 @@ from ._batches import BatchRows
 from ._guard import StepMetrics, guarded, step_metrics
 from ._layout import Role
 from ._model import StageModel
+from ._options import compiler_options
 from ._placing import adopt_leaf
 from ._slots import Slot, abstract_stored, to_stored, to_user
 from ._stored_optimizer import StoredOptimizer
@@ -132,6 +133,11 @@ class StagePrograms:
         return [self._rows.place(i, leaf, place, self.process_rows) for i, (leaf, place) in places]
 
     # ------------------------------------------------------------------------------------------------------ programs
+    @property
+    def compiler_options(self) -> dict[str, bool | int]:
+        """What XLA is told for every program below (see ``_options``)."""
+        return compiler_options(self.model.mesh)
+
     @functools.cached_property
     def train(self) -> Callable[[TrainState, list[Any]], tuple[TrainState, StepMetrics]]:
         """The compiled train step: (state, batch leaves) to (new state, metrics)."""
@@ -141,6 +147,7 @@ class StagePrograms:
             in_shardings=(places, self._batch_shardings),
             out_shardings=(places, self.model.mesh.replicated),  # the second one for all metrics
             donate_argnums=0,
+            compiler_options=self.compiler_options,
         )
 
     @functools.cached_property
@@ -150,6 +157,7 @@ class StagePrograms:
             lambda state, batch: self._mean_loss(state, batch),
             in_shardings=(self.state_shardings, self._batch_shardings),
             out_shardings=self.model.mesh.replicated,
+            compiler_options=self.compiler_options,
         )
 
     @functools.cached_property
@@ -159,6 +167,7 @@ class StagePrograms:
             lambda state, batch: self._loss_and_gradients(state, batch)[:2],
             in_shardings=(self.state_shardings, self._batch_shardings),
             out_shardings=(self.model.mesh.replicated, self.model.parameter_shardings("optimizer")),
+            compiler_options=self.compiler_options,
         )
 
     # ------------------------------------------------------------------------------------------------ traced functions
