@@ -1,7 +1,7 @@
 """One node of the benchmark: run plans in turn, round after round, through ``auto_shard``, and note every step.
 
 The order of the plans turns from round to round, so that a slow spell of the machine does not fall on one of them; a
-barrier before each step makes the nodes start together, and the first round (compilation) does not count.
+barrier before each step makes the nodes start together. A plan's first steps (compilation) do not count.
 """
 
 from __future__ import annotations
@@ -9,64 +9,57 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from galvatron_jax import distributed
+import jax
+import numpy as np
 
-PLANS, ROUNDS, STEPS, OUT = sys.argv[1:5]
+from benchmarks.emulated_cluster.model import CONFIG, build
+from galvatron_jax import auto_shard, distributed, load_plan
+from galvatron_jax.models import next_token_loss
 
 
-def main() -> None:
-    """Run the plans in the folder ``PLANS`` and write the seconds of their steps to ``OUT``."""
+def main(plans: Path, rounds: int, out: Path) -> None:
+    """Run the plans in the folder ``plans`` and write the seconds of their steps to ``out``."""
     distributed.initialize()
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
+    from jax.experimental import multihost_utils  # after the processes have joined
 
-    steps: dict[str, Callable[[], None]] = {}
-    for path in sorted(Path(PLANS).glob("*.json")):
-        steps[path.stem] = _prepare(path)
-        if jax.process_index() == 0:
-            print("compiled", path.stem, flush=True)
+    steps = {path.stem: _prepare(path) for path in sorted(plans.glob("*.json"))}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for turn in range(int(ROUNDS)):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            steps[name]()
-            for _ in range(int(STEPS)):
-                multihost_utils.sync_global_devices(name)
-                start_s = time.perf_counter()
-                steps[name]()
-                times[name].append(time.perf_counter() - start_s)
-    # the slowest node's clock is the step's
-    slowest = {
-        name: np.max(multihost_utils.process_allgather(np.array(t)), axis=0).tolist() for name, t in times.items()
-    }
-    if jax.process_index() == 0:
-        Path(OUT).write_text(json.dumps(slowest))
+    for name in _turns(list(steps), rounds):
+        multihost_utils.sync_global_devices(name)
+        start_s = time.perf_counter()
+        steps[name]()
+        times[name].append(time.perf_counter() - start_s)
+    gathered = {name: multihost_utils.process_allgather(np.array(taken)) for name, taken in times.items()}
+    if jax.process_index() == 0:  # the slowest node's clock is the step's
+        out.write_text(json.dumps({name: np.max(taken, axis=0).tolist() for name, taken in gathered.items()}))
+
+
+def _turns(names: list[str], rounds: int) -> Iterator[str]:
+    for turn in range(rounds):
+        first = turn % len(names)
+        yield from names[first:] + names[:first]
 
 
 def _prepare(path: Path) -> Callable[[], None]:
-    """Return a step of the plan, compiled."""
-    import jax
-    import numpy as np
-
-    from galvatron_jax import auto_shard, load_plan
-
-    from .model import CONFIG, small_llama
-
-    build, loss, _ = small_llama()
+    """Return a step of the plan, compiled and run twice."""
+    start_s = time.perf_counter()
     plan = load_plan(path)
-    trainer = auto_shard(build, loss=loss, plan=plan)  # type: ignore[arg-type]
+    trainer = auto_shard(build, loss=next_token_loss, plan=plan)
     tokens = np.random.default_rng(0).integers(0, CONFIG.vocab, (plan.global_batch, CONFIG.seq), dtype=np.int32)
     batch = {"inputs": tokens, "targets": tokens}
 
     def step() -> None:
-        jax.block_until_ready(trainer.step(batch).loss)
+        result = trainer.step(batch)
+        jax.block_until_ready((result.loss, jax.tree.leaves(trainer.state.parameters)))
 
     step()
+    step()
+    print(f"{path.stem}: ready after {time.perf_counter() - start_s:.1f} s", flush=True)
     return step
 
 
-main()
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

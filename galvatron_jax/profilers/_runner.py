@@ -16,9 +16,6 @@ _SLOW_SHARE = 1 / 15
 _LATENCY_BYTES = 64 * KIB
 """Assumed: up to this size a collective takes as long as an empty one, or not much longer."""
 
-_CALLS = 4
-"""Calls before the repeated ones: warming up and choosing k."""
-
 
 class Program(Protocol):
     """What the runner needs of a ``Loop``."""
@@ -136,4 +133,4 @@ class Runner:
         nearest = max(smaller, key=lambda reading: reading.subject.size)
         growth = max(subject.size, _LATENCY_BYTES) / max(nearest.subject.size, _LATENCY_BYTES)
         trip_s = nearest.seconds * nearest.operations * growth
-        return max(trip_s, self.effort.target_s) * (_CALLS + 3 * self.effort.repeats)
+        return max(trip_s, self.effort.target_s) * self.effort.trips_of(trip_s)

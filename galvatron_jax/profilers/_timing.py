@@ -43,6 +43,13 @@ LONG_TARGETS = 8.0
 """Calls that take as many times the target already do not become longer."""
 
 
+VERY_LONG_TARGETS = 25.0
+"""Trips that take as many times the target (half a second) dwarf what a call costs: two of them are enough."""
+
+_FIRST_TRIPS = 4
+"""Before the repeated calls: warming up and choosing k."""
+
+
 class MeasurementError(GalvatronError, RuntimeError):
     """One measurement that could not be made; the others go on."""
 
@@ -79,6 +86,14 @@ class Effort(NamedTuple):
     repeats: int
     """Pairs of calls, with k and with 2k trips."""
 
+    def is_long(self, trip_s: float) -> bool:
+        """Tell whether a trip of ``trip_s`` seconds is so long that one call beside an empty one tells it."""
+        return trip_s > VERY_LONG_TARGETS * self.target_s
+
+    def trips_of(self, trip_s: float) -> int:
+        """Return about how many trips measuring one of ``trip_s`` seconds takes, when it is longer than the target."""
+        return 3 if self.is_long(trip_s) else _FIRST_TRIPS + 3 * self.repeats
+
 
 class Slope(NamedTuple):
     """Seconds of one trip."""
@@ -107,7 +122,10 @@ def measure_slope(timer: Timer, effort: Effort, agree: Agree = alone) -> Slope:
         MeasurementError: twice the trips took no longer, after all attempts.
     """
     timer(1)  # allocations, communicators, code pages
-    trips = _choose_trips(timer, effort.target_s, agree)
+    trips, trip_s = _choose_trips(timer, effort.target_s, agree)
+    if effort.is_long(trip_s):
+        again_s = agree(timer(1))
+        return Slope(min(trip_s, again_s), abs(trip_s - again_s) / trip_s, 1)
     best: Slope | None = None
     for _ in range(ATTEMPTS):
         # by turns, so that a slow spell of the machine meets both
@@ -138,13 +156,13 @@ def _slope(times: list[tuple[float, float]], trips: int, agree: Agree) -> Slope 
     return Slope(slope, abs(middle - slope) / slope, trips)
 
 
-def _choose_trips(timer: Timer, target_s: float, agree: Agree) -> int:
-    """Return k such that k trips take about ``target_s`` seconds, at least 1."""
+def _choose_trips(timer: Timer, target_s: float, agree: Agree) -> tuple[int, float]:
+    """Return k such that k trips take about ``target_s`` seconds, at least 1; and about how long one takes."""
     call_s = min(timer(0), timer(0))
     trips = 1
     while trips < MAX_TRIPS:
         work_s = agree(timer(trips) - call_s)
         if work_s >= target_s / 4:
-            return min(MAX_TRIPS, max(1, round(trips * target_s / work_s)))
+            return min(MAX_TRIPS, max(1, round(trips * target_s / work_s))), work_s / trips
         trips *= 4
-    return MAX_TRIPS
+    return MAX_TRIPS, 0.0

@@ -27,7 +27,7 @@ def test_trips_fill_the_target_time(trip_s: float) -> None:
 
 
 def test_slow_operation_is_called_once_and_twice_only() -> None:
-    program = FakeProgram(FakeClock(), 3.0)
+    program = FakeProgram(FakeClock(), 0.3)
     assert measure_slope(program.timer, EFFORT).trips == 1
     assert max(program.calls) == 2
 
@@ -64,3 +64,13 @@ def test_system_clock_goes_forward() -> None:
     assert math.isfinite(clock.now_s())
     assert clock.now_s() <= clock.now_s()
     assert len(clock.today().split("-")) == 3
+
+
+def test_very_long_trip_is_measured_by_two_calls() -> None:
+    """A slow network: hundreds of milliseconds for one collective."""
+    clock = FakeClock()
+    program = FakeProgram(clock, trip_s=2.0, call_s=1e-3, delays_s=[0.0, 0.0, 0.0, 0.1])
+    slope = measure_slope(program.timer, EFFORT)
+    assert slope.seconds == pytest.approx(2.0, rel=0.01)
+    assert slope.spread == pytest.approx(0.05, abs=0.005)
+    assert sum(program.calls) == 3
