@@ -142,7 +142,7 @@ def _report(found: argparse.Namespace) -> None:
         raise DocumentError("carries no prediction", expected="a plan that the search wrote", where=str(found.plan))
     split, batches = problem_of(subject), [subject.plan.global_batch]
     baselines = price_baselines(Engine(split.problem, batches))
-    frontier = memory_frontier(split, batches)
+    frontier = memory_frontier(split, batches, subject.plan)
     content = PageContent(subject=subject, baselines=baselines, frontier=frontier, note=note)
     written = [write_page(found.out, content)] + (write_pictures(found.svg, content) if found.svg else [])
     show([(Piece(f"wrote {clean(str(path))}"),) for path in written], sys.stdout)

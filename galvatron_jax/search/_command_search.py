@@ -122,7 +122,7 @@ def _show(options: Options, inputs: Inputs, result: SearchResult, written: Path 
 
 def _write_report(path: Path, inputs: Inputs, result: SearchResult) -> Path:
     subject = Subject(result.plan, inputs.model, inputs.hardware)
-    frontier = memory_frontier(result.split, result.global_batches)
+    frontier = memory_frontier(result.split, result.global_batches, result.plan)
     return write_page(path, PageContent(subject=subject, baselines=result.baselines, frontier=frontier))
 
 

@@ -179,7 +179,7 @@ class Engine:
         rest = [entry for entry in heap if entry[1].slices > 1]
         heapq.heapify(single)
         try:
-            while single and self._best is None:
+            while single and self._best is None and single[0][0] < self.below_s_per_sample:
                 self._ask()
                 self._advance(single)
         finally:

@@ -58,8 +58,9 @@ FLAGS = {
         ("--time-limit", "SECONDS", "stop then, with the best plan so far and the gap that is proven"),
     ),
     "what to ask beside the plan": (
-        ("--explain", "", "why each strategy, what binds, what more memory or faster links would bring"),
-        ("--top", "K", "the best K families of plans (stages, schedule, degree of the repeated layers)"),
+        ("--explain", "", "why each strategy, what binds, what more memory or links would bring (same schedule)"),
+        ("--top", "K", "the best K families of plans: stages, degree of the repeated layers, schedule (the plan's, or"
+         " those that --schedule names)"),
         ("--frontier", "", "the fastest plan for each of several smaller memory budgets"),
         ("--price", "NUMBER", "price of one GPU hour: adds tokens per unit of currency"),
         ("--report", "FILE", "one self-contained HTML page"),

@@ -36,7 +36,7 @@ def asked_values(options: Options, inputs: Inputs, result: SearchResult) -> Aske
         reasons=plan_reasons(subject) if options.explain else (),
         what_ifs=what_ifs(split, batches, plan) if options.explain else (),
         top=best_families(split, batches, plan, options.top) if options.top else (),
-        frontier=memory_frontier(split, batches) if options.frontier else (),
+        frontier=memory_frontier(split, batches, plan) if options.frontier else (),
         scaling=compare_clusters([inputs.cluster], lambda _: result, options.price_per_hour)
         if options.price_per_hour
         else (),

@@ -4,20 +4,20 @@ A *family* is a number of pipeline stages, a schedule, and the degree (tp or Uly
 kind. Plans of different families differ in how devices are used; within a family (microbatches, batch, ZeRO, remat,
 boundaries, the other layers) only the best one counts. Families are searched exactly, one after the other, for plans
 that beat the K-th best known, so the list is the K best families of the space. A best plan whose repeated layers mix
-degrees is in no family; it is listed as what it is.
+degrees is in no family; it is listed as what it is. Which schedules are looked at: ``_scope``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
 
-from ...plan import Plan, ScheduleName
+from ...plan import Plan
 from .._find import best_plan
 from .._rules import Rule, pin
 from .._space import Limits, stage_counts
 from .._split import Split
+from ._scope import explored_schedules
 from ._summary import main_strategies, seconds_per_sample
 
 
@@ -39,7 +39,7 @@ def best_families(split: Split, batches: Sequence[int], plan: Plan, count: int) 
         count: How many families.
     """
     found = [Family(name=family_name(plan), plan=plan)]
-    for limits in _families(split):
+    for limits in _families(split, plan):
         below = seconds_per_sample(found[count - 1].plan) if len(found) >= count else float("inf")
         best = best_plan(replace(split, problem=replace(split.problem, limits=limits)), batches, below=below)
         if best is not None and all(family.name != family_name(best) for family in found):
@@ -57,11 +57,11 @@ def family_name(plan: Plan) -> str:
     return f"{stages}, {' and '.join(sorted(words))}"
 
 
-def _families(split: Split) -> Iterator[Limits]:
+def _families(split: Split, plan: Plan) -> Iterator[Limits]:
     problem, limits = split.problem, split.problem.limits
     main = max(problem.model.layers, key=lambda run: run.count).kind
     for stages in stage_counts(problem.cluster, problem.model, limits):
-        names: tuple[ScheduleName, ...] = limits.schedules or get_args(ScheduleName)
+        names = explored_schedules(split, plan)
         for schedule in names if stages > 1 else names[:1]:
             for rule in _degrees(split, main, problem.cluster.devices // stages):
                 yield replace(limits, stages=(stages,), schedules=(schedule,), rules=(*limits.rules, rule))

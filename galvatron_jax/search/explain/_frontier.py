@@ -15,6 +15,7 @@ from .._engine import Engine
 from .._find import best_plan
 from .._infeasible import least_peak_bytes
 from .._split import Split
+from ._scope import explored
 from ._summary import peak_of, plan_summary
 
 POINTS = 10
@@ -34,13 +35,15 @@ class Point:
     plan: Plan
 
 
-def memory_frontier(split: Split, batches: Sequence[int]) -> tuple[Point, ...]:
+def memory_frontier(split: Split, batches: Sequence[int], plan: Plan) -> tuple[Point, ...]:
     """Return the points of the frontier, the most memory first; up to twice the given budget.
 
     Args:
         split: The problem, with the budget.
         batches: Global batches to choose from.
+        plan: Its best plan.
     """
+    split = explored(split, plan)
     engine = Engine(split.problem, batches)
     least = least_peak_bytes(engine)
     if least is None:
@@ -48,20 +51,20 @@ def memory_frontier(split: Split, batches: Sequence[int]) -> tuple[Point, ...]:
     points: list[Point] = []
     given = split.problem.budget_bytes
     for budget in _budgets(given, least, points):
-        plan = best_plan(
+        best = best_plan(
             replace(split, problem=replace(split.problem, budget_bytes=budget)), batches, prices=engine.prices
         )
-        if plan is None or plan.predicted is None:
+        if best is None or best.predicted is None:
             continue
-        peak = peak_of(plan)
+        peak = peak_of(best)
         if all(point.peak_bytes > peak for point in points):
             points.append(
                 Point(
                     peak_bytes=peak,
-                    tokens_per_s=plan.predicted.tokens_per_s,
+                    tokens_per_s=best.predicted.tokens_per_s,
                     fits=peak <= given,
-                    summary=plan_summary(plan),
-                    plan=plan,
+                    summary=plan_summary(best),
+                    plan=best,
                 )
             )
     return tuple(points)

@@ -89,7 +89,7 @@ def what_if_lines(found: Sequence[WhatIf]) -> list[Line]:
         [f"with {w.change}", "-" if w.gain is None else f"{w.gain:+.1%}", "the same plan" if w.same_plan else w.summary]
         for w in found
     ]
-    return table(["what if", "samples/s", ""], rows, indent=0)
+    return table(["what if (same schedule)", "samples/s", ""], rows, indent=0)
 
 
 def family_lines(families: Sequence[Family]) -> list[Line]:

@@ -1,4 +1,8 @@
-"""What if: the best plan with more or less memory, with faster or slower links. Every answer is a search of its own."""
+"""What if: the best plan with more or less memory, with faster or slower links.
+
+Every answer is a search of its own, in the part of the space that ``_scope`` names; none is needed where less memory is
+still enough for the plan.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from ...plan import Plan
 from ...profile import Link
 from .._find import best_plan
 from .._split import Split
-from ._summary import plan_summary, seconds_per_sample
+from ._scope import explored
+from ._summary import peak_of, plan_summary, seconds_per_sample
 
 MEMORY_SHARES = (1.1, 0.9)
 LINK_FACTORS = (2.0, 0.5)
@@ -38,7 +43,7 @@ def what_ifs(split: Split, batches: Sequence[int], plan: Plan) -> tuple[WhatIf, 
         batches: Its global batches.
         plan: Its best plan.
     """
-    return tuple(_answer(changed, change, batches, plan) for change, changed in _changes(split))
+    return tuple(_answer(changed, change, batches, plan) for change, changed in _changes(explored(split, plan)))
 
 
 def _changes(split: Split) -> Iterator[tuple[str, Split]]:
@@ -71,6 +76,8 @@ def _faster(split: Split, factor: float, *, inside: bool) -> Split:
 
 
 def _answer(split: Split, change: str, batches: Sequence[int], plan: Plan) -> WhatIf:
+    if split.problem.budget_bytes >= peak_of(plan) and split.problem.budget_bytes < (plan.memory_budget_bytes or 0):
+        return WhatIf(change=change, gain=0.0, summary=plan_summary(plan), same_plan=True)
     found = best_plan(split, batches)
     if found is None:
         return WhatIf(change=change, gain=None, summary="nothing fits", same_plan=False)

@@ -25,6 +25,7 @@ from galvatron_jax.search.explain import (
     what_ifs,
     with_strategy,
 )
+from galvatron_jax.search.explain._scope import explored_schedules
 from galvatron_jax.search.explain._summary import peak_of, seconds_per_sample
 from galvatron_jax.units import GIB
 from tests.support.toy_models import llama_like_profile, toy_hardware
@@ -40,7 +41,7 @@ def found(request: pytest.FixtureRequest) -> SearchResult:
     roomy = find_plan(MODEL, CLUSTER, HARDWARE, global_batches=batches)
     if request.param == "roomy":
         return roomy
-    frontier = memory_frontier(roomy.split, batches)
+    frontier = memory_frontier(roomy.split, batches, roomy.plan)
     return find_plan(MODEL, CLUSTER, HARDWARE, global_batches=batches, memory_bytes=frontier[-3].peak_bytes)
 
 
@@ -111,6 +112,7 @@ def test_what_ifs_are_searches_of_the_changed_problem(found: SearchResult) -> No
     more = find_plan(
         MODEL, CLUSTER, HARDWARE, global_batches=found.global_batches,
         memory_bytes=int(1.1 * found.split.problem.budget_bytes),
+        schedules=explored_schedules(found.split, found.plan),
     )  # fmt: skip
     gain = answers["10% more memory"].gain
     assert gain == pytest.approx(seconds_per_sample(found.plan) / seconds_per_sample(more.plan) - 1)
@@ -134,14 +136,19 @@ def test_families_are_distinct_and_the_best_of_their_kind(found: SearchResult) -
 
 
 def test_frontier_falls_and_every_point_is_the_optimum_of_its_own_memory(found: SearchResult) -> None:
-    points = memory_frontier(found.split, found.global_batches)
+    points = memory_frontier(found.split, found.global_batches, found.plan)
     peaks = [point.peak_bytes for point in points]
     assert peaks == sorted(peaks, reverse=True)
     assert len(points) >= 4
     assert [p.tokens_per_s for p in points] == sorted((p.tokens_per_s for p in points), reverse=True)
     for point in points[:: max(1, len(points) // 3)]:
         again = find_plan(
-            MODEL, CLUSTER, HARDWARE, global_batches=found.global_batches, memory_bytes=point.peak_bytes
+            MODEL,
+            CLUSTER,
+            HARDWARE,
+            global_batches=found.global_batches,
+            memory_bytes=point.peak_bytes,
+            schedules=explored_schedules(found.split, found.plan),
         ).plan
         assert again.predicted is not None
         assert again.predicted.tokens_per_s == pytest.approx(point.tokens_per_s, rel=1e-12)

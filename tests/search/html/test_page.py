@@ -102,7 +102,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = PageContent(
         subject=Subject(found.plan, model, toy_hardware()),
         baselines=found.baselines,
-        frontier=memory_frontier(found.split, (16,)),
+        frontier=memory_frontier(found.split, (16,), found.plan),
         note=HOSTILE,
     )
     return write_page(tmp_path_factory.mktemp("page") / "report.html", content)
