@@ -60,10 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, help="samples of one step (%(default)s)")
     add("--plans", help="names of plans, separated by commas (all)")
     add("--rounds", type=int, default=4, help="steps of each plan (%(default)s)")
-    add("--profile-s", type=float, default=90.0, help="budget of each profiler (%(default)s)")
-    add("--limit-s", type=float, default=900.0, help="for one run of all plans (%(default)s)")
+    add("--profile-s", type=float, default=240.0, help="budget of each profiler (%(default)s)")
+    add("--limit-s", type=float, default=1500.0, help="for one run of all plans (%(default)s)")
     add("--out", type=Path, default=Path("benchmarks/records/emulated"))
     add("--logs", type=Path, default=Path("/tmp/emulated-logs"))
+    add(
+        "--cache", type=Path, default=Path("/tmp/emulated-cache"), help="compiled programs: a second rate compiles none"
+    )
     add("--keep-profiles", action="store_true", help="use the profiles that are in --out")
     add("--clean-stale", action="store_true", help="only remove what a killed run left behind")
     return parser
@@ -77,11 +80,11 @@ def _measure(nodes: EmulatedCluster, options: argparse.Namespace, folder: Path, 
     budget = ["--mesh", mesh, "--budget-s", str(options.profile_s)]
     if not (options.keep_profiles and model_file.exists()):
         layers = ["--model", NAME, "--samples", "1,4,8", "--tp", "1,2,4", "--out", str(model_file)]
-        if not _run(nodes, [*profiler, "model", *budget, *layers], options.profile_s + 200):
+        if not _run(nodes, options, [*profiler, "model", *budget, *layers], options.profile_s + 200):
             return False
     if not (options.keep_profiles and hardware_file.exists()):
         command = [*profiler, "hardware", *budget, "--out", str(hardware_file)]
-        if not _run(nodes, command, options.profile_s + 200):
+        if not _run(nodes, options, command, options.profile_s + 200):
             return False
     model, hardware = load(model_file, ModelProfile), load(hardware_file, HardwareProfile)
     cluster = Cluster(nodes=options.nodes, gpus_per_node=DEVICES_PER_NODE, gpu="cpu")
@@ -93,7 +96,7 @@ def _measure(nodes: EmulatedCluster, options: argparse.Namespace, folder: Path, 
         save_plan(msgspec.structs.replace(plan, predicted=estimate_plan(plan, model, hardware)), plans / f"{name}.json")
     steps_file = folder / "steps.json"
     worker = [sys.executable, "-m", "benchmarks.emulated_cluster.worker", str(plans), str(options.rounds)]
-    result = _run(nodes, [*worker, str(steps_file)], options.limit_s)
+    result = _run(nodes, options, [*worker, str(steps_file)], options.limit_s)
     if result is None:
         return False
     records = _records(plans, json.loads(steps_file.read_text()), hardware, result.foreign_load, rate, options.nodes)
@@ -105,10 +108,11 @@ def _measure(nodes: EmulatedCluster, options: argparse.Namespace, folder: Path, 
     return True
 
 
-def _run(nodes: EmulatedCluster, command: list[str], limit_s: float) -> RunResult | None:
+def _run(nodes: EmulatedCluster, options: argparse.Namespace, command: list[str], limit_s: float) -> RunResult | None:
     flags = f"--xla_force_host_platform_device_count={DEVICES_PER_NODE} "
     flags += "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
     environ = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environ |= {"JAX_COMPILATION_CACHE_DIR": str(options.cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1"}
     result = nodes.run(command, limit_s=limit_s, environ={**os.environ, **environ})
     print(f"{' '.join(command[1:5])} ...: foreign load {result.foreign_load:.0%}", file=sys.stderr)
     for node in result.nodes:

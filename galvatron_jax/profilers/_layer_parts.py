@@ -1,7 +1,8 @@
 """From readings of layer passes to what a model profile holds: tables, monotone, with the error of interpolation.
 
-Recomputation is the difference of two measured backward passes, so it is as noisy as both together: where it comes out
-below ``_LEAST_SHARE`` of the forward pass that it runs again, noise has eaten it, and it is left to the formula.
+Recomputation is the difference of two measured backward passes, so it is as noisy as both together. It runs the forward
+pass again, or less of it: a difference below ``_LEAST_SHARE`` or above ``_MOST_SHARE`` of the measured forward pass is
+noise, and recomputation is left to the formula there.
 
 Interpolation error: each point that has two neighbours is predicted from them as the cost model would (linear in the
 samples) and held against the clock; the largest relative difference is stated with the tables.
@@ -21,7 +22,7 @@ from ._parts import UNSTEADY_SPREAD, Overheads, find_overheads
 from ._readings import Reading
 from ._text import summarize
 
-_LEAST_SHARE = 0.05
+_LEAST_SHARE, _MOST_SHARE = 0.05, 1.5
 
 Times = dict[int, float]
 """Seconds by samples."""
@@ -88,7 +89,7 @@ def _tables(readings: Sequence[Reading], overheads: Overheads) -> tuple[list[Pas
             backward, forward = times.get(("backward", tp), {}), times.get(("forward", tp), {})
             both = sorted(set(times[full, tp]) & set(backward) & set(forward))
             more = {n: times[full, tp][n] - backward[n] for n in both}
-            kept = {n: s for n, s in more.items() if s >= _LEAST_SHARE * forward[n]}
+            kept = {n: s for n, s in more.items() if _LEAST_SHARE <= s / forward[n] <= _MOST_SHARE}
             lost += [f"{added}, tp {tp}, {n} samples: lost in the noise of two passes" for n in both if n not in kept]
             if kept:
                 tables.append(_table(added, tp, kept))

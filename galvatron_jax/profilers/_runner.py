@@ -10,7 +10,7 @@ from ..units import KIB, format_seconds
 from ._readings import Reading, Subject
 from ._timing import Agree, Clock, Effort, MeasurementError, alone, measure_slope
 
-_SLOW_SHARE = 1 / 15
+_SLOW_SHARE = 1 / 10
 """Share of the budget that one subject may be expected to take: all groups have to fit in."""
 
 _LATENCY_BYTES = 64 * KIB

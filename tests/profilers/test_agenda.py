@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from galvatron_jax.cluster import parse_cluster
+from galvatron_jax.cluster import divisors, parse_cluster
+from galvatron_jax.errors import ClusterError
 from galvatron_jax.profilers._agenda import KINDS, DeviceGroup, device_groups, hardware_agenda
 from galvatron_jax.profilers._readings import LAUNCH, LOOP, MATMUL, OVERLAP, product_flops, product_side
 from galvatron_jax.units import KIB, MIB
@@ -71,3 +72,19 @@ def test_agenda_of_one_device_has_no_collectives() -> None:
 @pytest.mark.parametrize("side", [1, 64, 1000, 8192, 65536])
 def test_product_side_is_the_inverse_of_product_flops(side: int) -> None:
     assert product_side(product_flops(side)) == side
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x8", "4x2", "2x3"])
+def test_every_group_of_every_strategy_is_measured(mesh: str) -> None:
+    """Tensor, Ulysses and data groups, and both groups of hsdp, on every stage that a pipeline can have."""
+    cluster = parse_cluster(mesh)
+    measured = {(group.size, group.stride) for group in device_groups(cluster)}
+    for devices in divisors(cluster.devices):
+        try:
+            degrees = cluster.tensor_degrees(devices)
+        except ClusterError:
+            continue
+        for tp, inner in itertools.combinations_with_replacement(degrees, 2):
+            shard, replicas = inner // tp, devices // inner
+            used = {(tp, 1), (devices // tp, tp), (shard, tp), (replicas, inner)}
+            assert {group for group in used if group[0] > 1} <= measured, (devices, tp, inner)

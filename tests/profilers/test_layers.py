@@ -79,10 +79,11 @@ def test_tables_hold_forward_backward_and_what_recomputation_adds() -> None:
     assert profile.structure == llama().profile.structure
 
 
-def test_recomputation_lost_in_noise_is_left_out_and_named() -> None:
+@pytest.mark.parametrize("full_s", [1.9, 2.01, 4.0])
+def test_recomputation_lost_in_noise_is_left_out_and_named(full_s: float) -> None:
     readings = [
         reading(seconds, what, layer="layers.*", size=1, group=1)
-        for what, seconds in (("forward", 1.0), ("backward", 2.0), ("backward-full", 2.01))
+        for what, seconds in (("forward", 1.0), ("backward", 2.0), ("backward-full", full_s))
     ]
     result = assemble_layers(llama().profile, readings, {}, HERE)
     measured = result.profile.kind("layers.*").measured
