@@ -26,6 +26,6 @@ from ._primitives import is_kernel_name as is_kernel_name
 from ._profile import Analysis as Analysis
 from ._profile import analyse_model as analyse_model
 from ._profile import trained_variables as trained_variables
+from ._pure_model import Loss as Loss
+from ._pure_model import PureModel as PureModel
 from ._read_nnx import split_parameters as split_parameters
-from ._user_model import Loss as Loss
-from ._user_model import UserModel as UserModel

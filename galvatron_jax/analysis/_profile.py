@@ -19,10 +19,10 @@ from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
 from ._flow import trained_values
 from ._kind import AnalysedKind, analyse_kind
 from ._marks import ATTENTION
+from ._pure_model import Loss
 from ._read import read_model
 from ._rows import Rows
 from ._trace import Trace, trace_loss
-from ._user_model import Loss
 
 VariableNames = dict[Variable, list[list[str | None]]]
 """Class names of boundary values, by dimension and factor."""

@@ -11,15 +11,15 @@ from flax import nnx
 
 from ..errors import AnalysisError, GalvatronError
 from ._jaxpr import abstract
+from ._pure_model import Loss, PureModel
 from ._read_linen import read_linen
 from ._read_nnx import Structure, assemble, open_module, read_nnx, split_parameters
 from ._read_tree import is_array, read_tree
-from ._user_model import Loss, UserModel
 
 T = TypeVar("T")
 
 
-def read_model(model: Any, loss: Loss, batch: Any) -> UserModel:
+def read_model(model: Any, loss: Loss, batch: Any) -> PureModel:
     """Return the user's model as one value.
 
     Args:
@@ -42,7 +42,7 @@ def read_model(model: Any, loss: Loss, batch: Any) -> UserModel:
     raise _unreadable(model)
 
 
-def _read_recipe(recipe: Callable[[], Any], loss: Loss, batch: Any) -> UserModel:
+def _read_recipe(recipe: Callable[[], Any], loss: Loss, batch: Any) -> PureModel:
     """Trace the recipe once, abstractly, to see what it builds; modules are no values for JAX and are put aside."""
     opened: list[Any] = []
 

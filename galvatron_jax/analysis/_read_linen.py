@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax.errors import InvalidRngError
 
 from ._jaxpr import abstract
-from ._user_model import Loss, Role, UserModel, dotted
+from ._pure_model import Loss, PureModel, Role, dotted
 
 PARAMS, STREAMS = "params", "rngs"
 """The collection that is trained; the entry of the state that holds random streams."""
@@ -38,8 +38,8 @@ def read_linen(
     batch: Any,
     built: Variables | None = None,
     recipe: Callable[[], nn.Module] | None = None,
-) -> UserModel:
-    """Return ``module`` as a ``UserModel``.
+) -> PureModel:
+    """Return ``module`` as a ``PureModel``.
 
     Args:
         module: Bound to variables, to seeds, or to nothing.
@@ -79,7 +79,7 @@ def read_linen(
         return made.get(PARAMS, {}), _with_streams({name: made[name] for name in kept}, streams)
 
     state = _with_streams({name: known[name] for name in kept}, jax.tree.map(abstract, streams))
-    return UserModel(
+    return PureModel(
         name=type(module).__name__,
         parameters=parameters,
         state=state,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ._user_model import Loss, Role, UserModel, dotted
+from ._pure_model import Loss, PureModel, Role, dotted
 
 PATH_ATTRIBUTE = "_galvatron_path"
 """Static attribute that names a module of the private copy."""
@@ -33,8 +33,8 @@ class Structure:
     roles: tuple[Role, ...]
 
 
-def read_nnx(model: nnx.Module, loss: Loss) -> UserModel:
-    """Return a module that has its values as a ``UserModel``."""
+def read_nnx(model: nnx.Module, loss: Loss) -> PureModel:
+    """Return a module that has its values as a ``PureModel``."""
     graph, parameters, state = split_parameters(model)
     found: list[Structure] = []
 
@@ -70,8 +70,8 @@ def open_module(module: nnx.Module) -> tuple[Structure, Any, Any]:
     return structure, parameters, state
 
 
-def assemble(structure: Structure, arrays: Any, loss: Loss, *, build: Callable[[], Any], is_built: bool) -> UserModel:
-    """Return the ``UserModel`` of a module that was opened.
+def assemble(structure: Structure, arrays: Any, loss: Loss, *, build: Callable[[], Any], is_built: bool) -> PureModel:
+    """Return the ``PureModel`` of a module that was opened.
 
     Args:
         structure: What is left of it.
@@ -91,7 +91,7 @@ def assemble(structure: Structure, arrays: Any, loss: Loss, *, build: Callable[[
         # What the call sowed is left out.
         return value, nnx.from_flat_state([(path, after[path]) for path in structure.kept])
 
-    return UserModel(
+    return PureModel(
         name=structure.name,
         parameters=parameters,
         state=state,

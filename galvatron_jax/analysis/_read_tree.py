@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from ._jaxpr import abstract, is_differentiable
-from ._user_model import Loss, UserModel, dotted
+from ._pure_model import Loss, PureModel, dotted
 
 
-def read_tree(tree: Any, loss: Loss, recipe: Callable[[], Any] | None = None) -> UserModel:
-    """Return a tree of parameters as a ``UserModel``.
+def read_tree(tree: Any, loss: Loss, recipe: Callable[[], Any] | None = None) -> PureModel:
+    """Return a tree of parameters as a ``PureModel``.
 
     Args:
         tree: Concrete or abstract arrays in any pytree.
@@ -42,7 +42,7 @@ def read_tree(tree: Any, loss: Loss, recipe: Callable[[], Any] | None = None) ->
         return part(found, is_trained), part(found, is_kept)
 
     parameters, state = jax.tree.map(abstract, split(tree))
-    return UserModel(
+    return PureModel(
         name="model" if isinstance(tree, (dict, list, tuple)) else type(tree).__name__,
         parameters=parameters,
         state=state,

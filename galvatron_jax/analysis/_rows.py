@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._user_model import Role, UserModel
+from ._pure_model import PureModel, Role
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Stack:
 class Rows:
     """Which leaves of the user's parameters and state the program takes apart."""
 
-    model: UserModel
+    model: PureModel
     stacks: Mapping[int, Stack]
     """By position among the leaves of (parameters, state)."""
     parameters: Any
@@ -45,12 +45,12 @@ class Rows:
     """Role of each leaf of ``state``."""
 
     @classmethod
-    def whole(cls, model: UserModel) -> Rows:
+    def whole(cls, model: PureModel) -> Rows:
         """Take nothing apart."""
         return cls(model, {}, model.parameters, model.state, model.paths, model.roles)
 
     @classmethod
-    def of(cls, model: UserModel, stacks: Mapping[int, Stack]) -> Rows:
+    def of(cls, model: PureModel, stacks: Mapping[int, Stack]) -> Rows:
         """Take ``stacks`` apart."""
         count = len(model.paths)
         row_paths = [

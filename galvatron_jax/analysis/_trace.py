@@ -11,15 +11,15 @@ from jax.extend.core import ClosedJaxpr
 from ..errors import AnalysisError
 from ._batch import which_have_samples
 from ._marks import marked_calls
+from ._pure_model import PureModel
 from ._rows import Rows
-from ._user_model import UserModel
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Trace:
     """A traced loss: ``program(parameters, state, batch) -> (loss, new state)`` over flat leaves."""
 
-    model: UserModel
+    model: PureModel
     program: ClosedJaxpr
     """Over the leaves of the user's own trees."""
     batch: Any
@@ -46,7 +46,7 @@ class Trace:
         return self.rows.paths
 
 
-def trace_loss(model: UserModel, batch: Any, *, where: str = "loss") -> Trace:
+def trace_loss(model: PureModel, batch: Any, *, where: str = "loss") -> Trace:
     """Trace the loss of ``model`` at the shapes of ``batch`` (one microbatch).
 
     Args:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from .._document import load, save
+from .._text import clean, show
 from ..cost import estimate_plan
 from ..errors import GalvatronError
 from ..hardware import load_hardware
@@ -20,7 +21,6 @@ from ..models import load_model_profile
 from ..plan import Plan, load_plan
 from ..profile import HardwareProfile, ModelProfile
 from ..record import RunRecord
-from ..search._text import clean, show
 from ._breakdown import RunPrice, stage_prices
 from ._report import breakdown_lines, measured_lines
 from ._trace import trace_events

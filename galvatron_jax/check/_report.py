@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .._text import Line, Piece, clean, labelled, table
 from ..plan import Plan, Prediction
 from ..profile import HardwareProfile, ModelProfile
 from ..record import RunRecord
-from ..search._text import Line, Piece, clean, labelled, table
 from ..units import GIB, format_count, format_gib, format_seconds
 from ._breakdown import RunPrice
 

@@ -59,7 +59,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _fail(message: str, status: int, debug: bool) -> int:
-    from ._text import clean
+    from .._text import clean
 
     if debug:
         traceback.print_exc()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._text import Line, Piece, clean, show, write_json
 from ..errors import DocumentError, GalvatronError
 from ..plan import load_plan
 from ._baselines import price_baselines
@@ -18,7 +19,6 @@ from ._options import Parser, peer_folder
 from ._plan_inputs import load_subject
 from ._problem import problem_of
 from ._report import plan_lines, prediction_lines
-from ._text import Line, Piece, clean, show, write_json
 from .explain import (
     Subject,
     binding_lines,

@@ -15,6 +15,7 @@ import msgspec
 
 from .._document import encode, load
 from .._lock import only_writer
+from .._text import Line, Piece, clean, labelled, show, write_json
 from ..cluster import Cluster
 from ..errors import DocumentError, GalvatronError
 from ..plan import Plan, save_plan
@@ -23,7 +24,6 @@ from ._flags import PROGRAM
 from ._inputs import Inputs, assumption_lines, load_inputs
 from ._options import Options
 from ._report import proof_line, result_lines
-from ._text import Line, Piece, clean, labelled, show, write_json
 from ._watch import Watch, watching
 from .explain import Subject, asked_lines, asked_values, compare_clusters, memory_frontier, scaling_lines
 from .html import PageContent, check_page_target, write_page

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from .._document import load
+from .._text import Line, Piece, clean, labelled
 from ..cluster import Cluster
 from ..cost import is_fused, is_measured, memory_budget
 from ..errors import DocumentError, DocumentNotFoundError, GalvatronError
@@ -23,7 +24,6 @@ from ._flags import DEFAULT_MODEL
 from ._galvatron import import_galvatron
 from ._options import Options
 from ._space import default_batches
-from ._text import Line, Piece, clean, labelled
 
 DEFAULT_GPU = "h100"
 PEER_NOTE = (

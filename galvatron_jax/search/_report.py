@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .._text import Line, Piece, clean, labelled, plain, table
 from ..cost import LayerCost, estimate_layer, stage_setting
 from ..plan import Plan, PlanRun, Stage
 from ..profile import HardwareProfile, ModelProfile
@@ -11,7 +12,6 @@ from ..schedule import in_flight_units
 from ..units import GIB, format_count, format_gib, format_seconds
 from ._baselines import Baseline
 from ._find import SearchResult
-from ._text import Line, Piece, clean, labelled, plain, table
 
 RARE = ("ulysses", "hsdp")
 """Columns that are shown only when a run uses them."""

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from galvatron_jax._document import load
+from galvatron_jax._text import plain
 from galvatron_jax.check import stage_prices, trace_events
 from galvatron_jax.check._cli import main
 from galvatron_jax.check._report import breakdown_lines
@@ -20,7 +21,6 @@ from galvatron_jax.hardware import load_hardware
 from galvatron_jax.models import load_model_profile
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, save_plan
 from galvatron_jax.record import RunRecord
-from galvatron_jax.search._text import plain
 
 MODEL, HARDWARE = load_model_profile("llama-tiny"), load_hardware("cpu")
 ROOT = Path(__file__).parents[2]

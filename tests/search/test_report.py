@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from galvatron_jax._text import Line, Piece, clean, labelled, plain, show, table, wrapped
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import ModelReference, Plan, PlanRun, Prediction, Stage, StagePrediction, Strategy
 from galvatron_jax.search import describe_plan
-from galvatron_jax.search._text import Line, Piece, clean, labelled, plain, show, table, wrapped
 from galvatron_jax.units import GIB
 
 GOLDENS = Path(__file__).parent / "goldens"

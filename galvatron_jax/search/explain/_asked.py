@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..._text import Line
 from .._find import SearchResult
 from .._inputs import Inputs
 from .._options import Options
-from .._text import Line
 from ._alternatives import Reason, Subject, plan_reasons
 from ._families import Family, best_families
 from ._frontier import Point, memory_frontier

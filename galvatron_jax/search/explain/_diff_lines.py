@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..._text import Line, Piece, clean, table
 from ...units import GIB, format_count, format_seconds
-from .._text import Line, Piece, clean, table
 from ._diff import PlanDiff
 
 

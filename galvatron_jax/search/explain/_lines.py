@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..._text import Line, Piece, clean, labelled, table
 from ...plan import Strategy
 from ...units import GIB, format_count, format_gib, format_seconds
-from .._text import Line, Piece, clean, labelled, table
 from ._alternatives import Alternative, Reason, Subject, is_faster, verdict_of
 from ._changes import Price, place_of
 from ._families import Family

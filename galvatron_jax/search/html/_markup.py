@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
-from .._text import clean
+from ..._text import clean
 
 VOID = {"meta", "br"}
 """HTML elements without content or end."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from galvatron_jax._text import plain
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import estimate_plan
 from galvatron_jax.plan import Plan, Strategy
 from galvatron_jax.search import SearchResult, find_plan
-from galvatron_jax.search._text import plain
 from galvatron_jax.search.explain import (
     Subject,
     best_families,

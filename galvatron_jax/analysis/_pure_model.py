@@ -19,7 +19,7 @@ Role = Literal["key", "count", "other"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class UserModel:
+class PureModel:
     """A model and its loss as pure functions of two pytrees: trained parameters, and all other state."""
 
     name: str
