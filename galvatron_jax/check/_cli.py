@@ -6,16 +6,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from .._document import load, save
 from .._text import clean, show
 from ..cost import estimate_plan
-from ..errors import GalvatronError
+from ..errors import DocumentNotFoundError, GalvatronError
 from ..hardware import load_hardware
 from ..models import load_model_profile
 from ..plan import Plan, load_plan
@@ -24,6 +24,8 @@ from ..record import RunRecord
 from ._breakdown import RunPrice, stage_prices
 from ._report import breakdown_lines, measured_lines
 from ._trace import trace_events
+
+D = TypeVar("D")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,7 +109,7 @@ def _progress(done: int, total: int) -> None:
 
 
 def _hardware(options: argparse.Namespace, plan: Plan) -> HardwareProfile:
-    hardware = load_hardware(options.hardware or plan.cluster.gpu)
+    hardware = _named(load_hardware, options.hardware or plan.cluster.gpu, "give the plan's hardware with --hardware")
     if options.attention is None:
         return hardware
     return msgspec.structs.replace(hardware, fused_attention=options.attention == "fused")
@@ -115,14 +117,23 @@ def _hardware(options: argparse.Namespace, plan: Plan) -> HardwareProfile:
 
 def _model(options: argparse.Namespace, plan: Plan) -> ModelProfile:
     if options.profile:
-        return load(options.profile, ModelProfile)
+        return load(options.profile, ModelProfile).at_seq(plan.model.seq).at_dtype(plan.model.dtype)
     if options.model:
         from .._user_model import own_model  # an own model is analysed, and that needs JAX
         from ..analysis import analyse_model
 
         user = own_model(options.model).resized(plan.microbatch_size)
         return analyse_model(user.model, user.loss, user.batch, name=plan.model.name).profile
-    return load_model_profile(plan.model.name).at_seq(plan.model.seq).at_dtype(plan.model.dtype)
+    model = _named(load_model_profile, plan.model.name, "give the plan's model with --profile or --model")
+    return model.at_seq(plan.model.seq).at_dtype(plan.model.dtype)
+
+
+def _named(find: Callable[[str], D], name: str, action: str) -> D:
+    """What the plan names, if we store it; else an error that says which flag gives it."""
+    try:
+        return find(name)
+    except DocumentNotFoundError as error:
+        raise DocumentNotFoundError(error.problem, expected=error.expected, where="plan", action=action) from None
 
 
 def _data(plan: Plan, stages: Sequence[Sequence[RunPrice]], record: RunRecord | None) -> dict[str, Any]:

@@ -106,12 +106,14 @@ def measure_model(
             save_readings(partial, machine, readings, quick=False, model=identity)
 
     record(known)
+    agree = largest_of_all()
+    traced_s = agree(clock.now_s() - start_s)  # all processes must leave out the same subjects
     runner = Runner(
         build=lambda asked, readings: _loop(asked, readings, analysis, devices),
         clock=clock,
         effort=_EFFORT,
-        budget_s=(1 - MEMORY_SHARE) * order.budget_s - (clock.now_s() - start_s),
-        agree=largest_of_all(),
+        budget_s=(1 - MEMORY_SHARE) * order.budget_s - traced_s,
+        agree=agree,
         record=record,
         show=show,
     )

@@ -95,13 +95,19 @@ def test_command_prints_one_json_object_and_writes_the_trace(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["missing.json"], "missing.json"), (["PLAN", "--hardware", "h1000"], "did you mean")]
+    ("arguments", "message"),
+    [
+        (["missing.json"], "missing.json"),
+        (["PLAN", "--hardware", "h1000"], "with --hardware"),
+        (["FOREIGN"], "with --profile or --model"),
+    ],
 )
 def test_bad_input_ends_with_code_2(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = save_plan(ONE, tmp_path / "plan.json")
-    assert main([str(path) if a == "PLAN" else a for a in arguments]) == 2
+    foreign = msgspec.structs.replace(ONE, model=msgspec.structs.replace(ONE.model, name="my-own"))
+    paths = {name: str(save_plan(p, tmp_path / f"{name}.json")) for name, p in (("PLAN", ONE), ("FOREIGN", foreign))}
+    assert main([paths.get(argument, argument) for argument in arguments]) == 2
     assert message in capsys.readouterr().err
 
 
