@@ -12,8 +12,8 @@ from ._model import StageModel as StageModel
 from ._model import StageResults as StageResults
 from ._model import plan_model as plan_model
 from ._model import plan_stages as plan_stages
-from ._pipeline import PipelinePrograms as PipelinePrograms
 from ._options import compiler_options as compiler_options
+from ._pipeline import PipelinePrograms as PipelinePrograms
 from ._share import Crossing as Crossing
 from ._share import StageShare as StageShare
 from ._slots import Slot as Slot

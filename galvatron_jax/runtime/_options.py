@@ -24,10 +24,10 @@ _OVERLAP: Options = {
 }
 
 _MEMORY: Options = {"xla_gpu_memory_limit_slop_factor": 300}
-"""Percent of 0.8 * device memory, above which XLA recomputes by itself. It judges by an estimate made before scheduling:
-109 GiB for a program whose buffers take 61.7 (16 H100, zero 3, no remat), so its default of 95 % clones operations of
-plans that fit well (184 there; with 300 none, at the same peak). Whether a plan fits is for the estimate and ``verify``
-to say, by the buffers."""
+"""Percent of 0.8 * device memory, above which XLA recomputes by itself. It judges by an estimate made before it
+schedules: 109 GiB for a program whose buffers take 61.7 (16 H100, zero 3, no remat), so its default of 95 % clones
+operations of plans that fit well (184 there; with 300 none, at the same peak). Whether a plan fits is for the estimate
+and ``verify`` to say, by the buffers."""
 
 
 def compiler_options(mesh: StageMesh) -> dict[str, bool | int]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
 
 from galvatron_jax.analysis import Analysis, analyse_model
 from galvatron_jax.cluster import Cluster
@@ -70,8 +69,8 @@ class Planned:
 
     def parts(self) -> tuple[Any, Any]:
         """Fresh (parameters, other state) of the model, as a user has them: on one device."""
-        _, parameters, *state = nnx.split(self.model.build(), nnx.Param, ...)
-        return parameters, state[0]
+        trace = self.analysis.trace
+        return trace.rows.apart(*trace.model.build())
 
     def adopted(self) -> TrainState:
         """The fresh model's state on all devices."""
@@ -90,10 +89,13 @@ class Planned:
     def compiled_gradients(self) -> str:
         """HLO text of the compiled gradient program."""
         state = self.programs.abstract_state
-        batch = [self._abstract(leaf) for leaf in jax.tree.leaves(self.model.batch)]
         program: Any = self.programs.gradients
-        text: str = program.lower(state, batch).compile().as_text()
+        text: str = program.lower(state, self.abstract_batch()).compile().as_text()
         return text
+
+    def abstract_batch(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of a batch as the programs take it."""
+        return [self._abstract(leaf) for leaf in jax.tree.leaves(self.model.batch)]
 
     def _abstract(self, leaf: Any) -> jax.ShapeDtypeStruct:
         count = self.programs.microbatches

@@ -14,7 +14,7 @@ from flax import nnx
 
 from galvatron_jax.errors import PlanError
 from galvatron_jax.plan import Strategy
-from tests.runtime.planned import BATCH, DEVICES, Planned, dp, planned, tp
+from tests.runtime.planned import BATCH, DEVICES, Planned, dp, hsdp, planned, tp, tp_hsdp, ulysses
 from tests.support.small_models import SmallModel, small_llama
 
 pytestmark = pytest.mark.multidevice
@@ -45,6 +45,16 @@ def device_bytes(tree: Any) -> list[int]:
         (tp(2, zero=1), MATRICES // 2 + NORMS, MATRICES // 2 + NORMS, MATRICES // 8 + NORMS // 4),
         (tp(2, zero=3), *[MATRICES // 8 + NORMS // 4] * 3),
         (tp(4, zero=2), MATRICES // 4 + NORMS, *[MATRICES // 8 + NORMS // 2] * 2),
+        (hsdp(1, 2), PARAMETERS, PARAMETERS, PARAMETERS // 4),
+        (hsdp(2, 2), PARAMETERS, PARAMETERS // 4, PARAMETERS // 4),
+        (hsdp(3, 2), *[PARAMETERS // 4] * 3),
+        (hsdp(3, 4), *[PARAMETERS // 2] * 3),
+        (tp_hsdp(2, 3, 2), *[MATRICES // 4 + NORMS // 2] * 3),
+        (ulysses(4), *[PARAMETERS] * 3),
+        (ulysses(4, zero=1), PARAMETERS, PARAMETERS, PARAMETERS // 8),
+        (ulysses(2, zero=2), PARAMETERS, PARAMETERS // 8, PARAMETERS // 8),
+        (ulysses(8, zero=3), *[PARAMETERS // 8] * 3),
+        (ulysses(4, zero=3, replicas=2), *[PARAMETERS // 4] * 3),
     ],
     ids=str,
 )

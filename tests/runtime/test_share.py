@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from galvatron_jax.analysis import Analysis, analyse_model, split_parameters
+from galvatron_jax.analysis import Analysis, analyse_model
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, check_plan, model_reference
 from galvatron_jax.runtime import StageModel, plan_stages, stage_mesh
@@ -55,7 +54,7 @@ def crossing_shapes(stage: StageModel) -> list[tuple[tuple[int, ...], bool]]:
 
 def test_what_leaves_a_stage_is_what_arrives_at_the_next() -> None:
     _, analysis = analysed("t5")
-    stages = stages_of(analysis, 2, 2, 2)
+    stages = stages_of(analysis, 2, 2, 3)
     for before, after in zip(stages, stages[1:], strict=False):
         assert before.share.leaving == after.share.arriving
         assert before.leaving_shardings == after.arriving_shardings
@@ -66,9 +65,9 @@ def test_what_leaves_a_stage_is_what_arrives_at_the_next() -> None:
 
 def test_a_decoder_takes_stream_memory_and_bias_and_makes_masks_itself() -> None:
     _, analysis = analysed("t5")
-    *_, head = stages_of(analysis, 4, 1, 1)
+    *_, head = stages_of(analysis, 5, 1, 1)
     assert crossing_shapes(head) == [((8, 12, 32), True)]  # the stream; the head needs nothing else
-    _, decoder = stages_of(analysis, 4, 2)
+    _, decoder = stages_of(analysis, 5, 2)
     stream, memory, bias = ((8, 12, 32), True), ((8, 16, 32), True), ((1, 4, 12, 12), True)
     assert sorted(crossing_shapes(decoder)) == sorted([stream, memory, bias])
 
@@ -83,19 +82,20 @@ def test_rotary_tables_and_targets_do_not_cross() -> None:
 
 def test_a_tied_table_is_held_by_both_ends_and_every_leaf_by_somebody() -> None:
     _, analysis = analysed("t5")
-    stages = stages_of(analysis, 2, 2, 2)
+    stages = stages_of(analysis, 2, 2, 3)
     held = [set(stage.share.parameters) for stage in stages]
     assert set.union(*held) == set(range(len(analysis.trace.paths)))
     shared = {analysis.trace.paths[i] for i in held[0] & held[2]}
     assert shared == {"shared.embedding"}
 
 
-@pytest.mark.parametrize(("name", "counts"), [("t5", (2, 2, 2)), ("llama", (1, 4, 1))])
+@pytest.mark.parametrize(("name", "counts"), [("t5", (2, 2, 3)), ("llama", (1, 4, 1))])
 def test_stages_in_turn_give_loss_and_gradients_of_the_whole(name: str, counts: tuple[int, ...]) -> None:
     model, analysis = analysed(name)
     stages = stages_of(analysis, *counts)
-    graph, parameters, rest = split_parameters(model.build())
-    expected = jax.jit(jax.value_and_grad(lambda p: model.loss(nnx.merge(graph, p, rest), model.batch)))(parameters)
+    user = analysis.trace.model
+    parameters, rest = user.build()
+    expected = jax.jit(jax.value_and_grad(lambda p: user.run(p, rest, model.batch)[0]))(parameters)
     whole = jax.jit(functools.partial(in_turn, stages))
     loss, gradients = whole(jax.tree.leaves(parameters), jax.tree.leaves(model.batch))
     np.testing.assert_allclose(loss, expected[0], rtol=2e-6)

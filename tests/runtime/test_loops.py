@@ -1,0 +1,92 @@
+"""Layers as loops: what they keep, how long their programs are, and which layers may share one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import pytest
+
+from galvatron_jax.plan import Remat, Strategy
+from galvatron_jax.profile import Array
+from tests.runtime.planned import BATCH, Planned, dp, hsdp, llama, planned, tp
+from tests.support.small_models import small_llama
+
+pytestmark = pytest.mark.multidevice
+
+LAYERS = 4
+
+
+@functools.cache
+def looped(remat: Remat, zero: int = 3) -> Planned:
+    return planned((dp(zero), *[dp(zero, remat)] * LAYERS, dp(zero)))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_a_loop_keeps_what_the_analysis_counts_and_neither_casts_nor_gathered_weights(remat: Remat) -> None:
+    sharded = looped(remat)
+    kind = sharded.analysis.kinds["layers.*"].profile
+    arrays: dict[str, tuple[Array, ...]] = {
+        "none": kind.residuals,
+        "dots": kind.residuals_dots or (),
+        "full": (),
+    }
+    stream = [boundary.array for boundary in kind.inputs if boundary.stream]
+    counted = sum(array.local_bytes(kind.classes, {}) for array in (*arrays[remat], *stream))
+    assert kept_bytes(sharded) == counted
+
+
+def kept_bytes(sharded: Planned) -> float:
+    """Bytes that one turn of the forward loop hands to the backward loop."""
+    programs = sharded.programs
+    state, batch = programs.abstract_state, sharded.abstract_batch()
+    jaxpr = jax.make_jaxpr(lambda *arguments: programs.gradients(*arguments))(state, batch).jaxpr
+    forward = next(eqn for eqn in scans(jaxpr) if eqn.params["length"] == LAYERS)
+    rows = forward.outvars[forward.params["num_carry"] :]
+    return sum(row.aval.size * row.aval.dtype.itemsize for row in rows) / LAYERS
+
+
+def scans(jaxpr: Any) -> list[Any]:
+    found = []
+    for eqn in jaxpr.eqns:
+        found += [eqn] if eqn.primitive.name == "scan" else []
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                found += scans(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def lowered_length(strategies: tuple[Strategy, ...]) -> int:
+    """Characters of the lowered train step."""
+    model = small_llama(batch=BATCH, layers=len(strategies) - 2, kv_heads=4)
+    sharded = planned(strategies, model=model)
+    program: Any = sharded.programs.train
+    return len(program.lower(sharded.programs.abstract_state, sharded.abstract_batch()).as_text())
+
+
+def test_a_program_is_as_long_for_sixteen_layers_as_for_four() -> None:
+    short, long = (lowered_length((dp(), *[dp(3, "full")] * n, dp())) for n in (4, 16))
+    assert long < 1.1 * short
+
+
+def test_two_strategies_make_two_loops() -> None:
+    one = lowered_length((dp(), *[dp(3)] * 12, dp()))
+    two = lowered_length((dp(), *[dp(3)] * 7, *[tp(2, zero=3)] * 5, dp()))
+    assert two < 2 * one
+
+
+@pytest.mark.parametrize(
+    ("strategies", "runs"),
+    [
+        ((dp(), *[dp(3)] * 4, dp()), [1, 4, 1]),
+        ((dp(), dp(), *[dp(3)] * 3, dp()), [1, 1, 3, 1]),
+        ((dp(), *[dp(3)] * 2, *[tp(2)] * 2, dp()), [1, 1, 1, 1, 1, 1]),
+        ((dp(), *[dp(3)] * 3, hsdp(3, 2), dp()), [1, 3, 1, 1]),
+    ],
+)
+def test_three_or_more_layers_of_one_strategy_share_a_loop(strategies: tuple[Strategy, ...], runs: list[int]) -> None:
+    model = planned(strategies, model=llama()).programs.model
+    assert [len(run.segments) for run in model.runs] == runs
+    stacked = [len(slot.leaves) for slot in model.slots if slot.is_stacked]
+    assert stacked == [n for n in runs if n > 1 for _ in range(9)]
