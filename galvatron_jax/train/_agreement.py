@@ -26,8 +26,6 @@ class Flag(enum.IntEnum):
     """It got SIGINT: save, stop, exit 130."""
     SAVE_FAILED = 2
     """The last save failed here."""
-    DATA_ENDED = 3
-    """There is no further batch."""
 
 
 class Agreement:

@@ -131,7 +131,7 @@ class Loop:
             self._watch(f"step {self.step + 1}", compiles=self.step + 1 == first)
             start = time.perf_counter()
             batch = self._next_batch()
-            if batch is None and self.ranks.count == 1:
+            if batch is None:  # on all processes at the same step: they read the same batches
                 status = "data ended"
                 break
             self._send(batch, start, compiled=self.step + 1 == first)
@@ -149,7 +149,7 @@ class Loop:
         self.faults.at("before_step", self.step + 1)
         return next(self.loader, None)
 
-    def _send(self, batch: Batch | None, start: float, *, compiled: bool) -> None:
+    def _send(self, batch: Batch, start: float, *, compiled: bool) -> None:
         number = self.loader.position - 1
         data_wait_s = time.perf_counter() - start
         self.goodput.add("data", data_wait_s)
@@ -221,7 +221,10 @@ class Loop:
         self._in_flight.clear()
         self._report_save(self.store.finish())
         self._watch("rollback", compiles=True)
-        restored = self.store.restore(self.sharded.abstract_state())
+        abstract = self.sharded.abstract_state()
+        if self.store.steps:
+            free_state(self.sharded)
+        restored = self.store.restore(abstract)
         if restored is None:
             raise CheckpointError(
                 "there is no checkpoint to go back to",
@@ -322,21 +325,19 @@ class Loop:
 
     def _save_last(self) -> None:
         """Save and wait; try again with growing pauses until it is saved or has failed too often."""
+        tried = False
         while True:
             self._report_save(self.store.finish())
-            if self._saved_step == self.step and not self._save_failed:
+            saved = self._saved_step == self.step and not self._save_failed
+            if not any(self.ranks.exchange("last save", "" if saved else "not saved")):
                 return
-            self._save_failed = False
+            if tried:
+                self._failures += 1
+                if self._failures > self.config.checkpoint.max_failures:
+                    raise self._gave_up()
+                time.sleep(min(2 ** (self._failures - 1), LONGEST_BACK_OFF))
+            self._save_failed, tried = False, True
             self._save()
-            self._report_save(self.store.finish())
-            outcome = self.ranks.exchange("last save", "failed" if self._save_failed else "")
-            if not any(outcome):
-                return
-            self._failures += 1
-            self._save_failed, self._saved_step = False, -1
-            if self._failures > self.config.checkpoint.max_failures:
-                raise self._gave_up()
-            time.sleep(min(2 ** (self._failures - 1), LONGEST_BACK_OFF))
 
     # ------------------------------------------------------------------------------------------------------------- end
     def _end(self, status: Status) -> Outcome:
@@ -355,3 +356,9 @@ class Loop:
         usual_s = self.reporter.median_step_time_s
         limit_s = max(policy.stall_s, USUAL_STEPS * usual_s) if usual_s == usual_s else policy.stall_s
         self.watchdog.beat(what, policy.compile_s if compiles else limit_s)
+
+
+def free_state(sharded: ShardedModel) -> None:
+    """Delete the state from the devices, so that another one fits; the next use must be ``restore_state``."""
+    for leaf in jax.tree.leaves(sharded.state):
+        leaf.delete()

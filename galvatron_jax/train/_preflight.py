@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping
 
 import jax
@@ -15,8 +17,12 @@ from .. import __version__
 from ..errors import PreflightError
 from ._ranks import Ranks
 
+_log = logging.getLogger(__name__)
+
 PREFLIGHT_TIMEOUT_S = 60.0
-FREE = frozenset(("host", "process"))
+CLOCKS_APART_S = 60.0
+"""Clocks further apart make logs and file times useless; training does not read them."""
+FREE = frozenset(("host", "process", "time"))
 """Facts that may differ."""
 
 
@@ -31,6 +37,7 @@ def gather_facts(*, config: str, plan: str) -> dict[str, str]:
     return {
         "host": socket.gethostname(),
         "process": str(os.getpid()),
+        "time": f"{time.time():.0f}",
         "processes": str(jax.process_count()),
         "devices": str(jax.device_count()),
         "local devices": str(len(devices)),
@@ -61,6 +68,10 @@ def check_preflight(ranks: Ranks, facts: Mapping[str, str], *, timeout_s: float 
             action="look at their logs; did they start, and do they reach the coordinator?",
         )
     everyone = [msgspec.json.decode(text, type=dict[str, str]) for text in said if text is not None]
+    times = [float(facts.get("time", "0")) for facts in everyone]
+    if max(times) - min(times) > CLOCKS_APART_S:
+        late = everyone[times.index(min(times))].get("host")
+        _log.warning("clocks are %.0f s apart; %s is furthest behind", max(times) - min(times), late)
     differences = [_first_difference(rank, everyone[0], other) for rank, other in enumerate(everyone)]
     if any(differences):
         raise PreflightError(

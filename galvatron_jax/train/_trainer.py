@@ -38,7 +38,7 @@ from ._faults import FaultPlan, planned_faults
 from ._goodput import Goodput
 from ._identity import check_same_run, fingerprint, read_config, write_config
 from ._judge import Judge
-from ._loop import Loop, Outcome
+from ._loop import Loop, Outcome, free_state
 from ._memory import is_out_of_memory, learn_margin, memory_error
 from ._plans import HARDWARE_NAME, PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
 from ._preflight import check_preflight, gather_facts
@@ -292,8 +292,7 @@ class AutoTrainer:
         if not store.steps:
             return None
         abstract = sharded.abstract_state()
-        for leaf in jax.tree.leaves(sharded.state):
-            leaf.delete()  # else the devices would hold the fresh state beside the restored one
+        free_state(sharded)
         restored = store.restore(abstract)
         if restored is None:
             return None

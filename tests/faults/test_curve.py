@@ -24,9 +24,8 @@ from tests.faults.test_resume import other_plan
 pytestmark = [pytest.mark.multidevice, pytest.mark.slow]
 
 STEPS = 200
-LOSS_RTOL = 2e-4
-"""Float32 sums in another order are 1e-7 apart; 200 steps of Adam, whose direction where gradients vanish is the sign of
-that rounding, make of it what is measured here: at most 3e-5."""
+LOSS_RTOL = 2e-5
+"""Float32 sums in another order are 1e-7 apart; measured after 200 steps of Adam: at most 2e-6."""
 
 PLANS: tuple[tuple[tuple[Strategy, ...], dict[str, int]], ...] = (
     ((Strategy(dp=8, zero=3), Strategy(tp=2, dp=4, zero=1), Strategy(tp=4, dp=2)), {}),
@@ -48,7 +47,6 @@ def test_loss_curve_over_kills_and_plans_is_that_of_one_device(runs: Runs, tmp_p
         assert ("goes on under 1x8 cpu" in ended.stdout) == (number > 0)
     expected = one_device(config)
     found = [run.losses[step] for step in range(1, STEPS + 1)]
-    print("MEASURED", np.abs(np.array(found) / expected - 1).max(), expected[0], expected[-1])
     np.testing.assert_allclose(found, expected, rtol=LOSS_RTOL)
     assert expected[-1] < 0.6 * expected[0]  # it learnt something
 

@@ -113,6 +113,13 @@ def test_preflight_names_the_first_difference_of_a_rank(name: str) -> None:
     assert f"rank 2 on node7: {name} is other, on rank 0 {facts[name]}" in error.value.message
 
 
+def test_preflight_warns_of_clocks_that_are_apart(caplog: pytest.LogCaptureFixture) -> None:
+    facts = gather_facts(config="c", plan="p")
+    other = {**facts, "host": "node3", "time": str(float(facts["time"]) - 3600)}
+    check_preflight(TalkingRanks(msgspec.json.encode(other).decode()), facts)
+    assert "clocks are 3600 s apart; node3 is furthest behind" in caplog.text
+
+
 def test_preflight_names_absent_ranks() -> None:
     with pytest.raises(PreflightError, match="ranks 1, 3 of 4 did not report within 60 s"):
         check_preflight(TalkingRanks(None, "{}", None), {"jax": "1"})

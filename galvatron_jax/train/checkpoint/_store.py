@@ -113,9 +113,12 @@ class CheckpointStore:
             leaves=describe_leaves(leaves),
             files={},
         )
+        path = step_folder(self.folder, progress.step)
+        if (path / DOCUMENT_NAME).exists():  # whole, though another process failed after it was
+            return self._ended(None)
         try:
             self._hook("before_save", progress.step)
-            self._orbax.save(step_folder(self.folder, progress.step), args=ocp.args.StandardSave(leaves))
+            self._orbax.save(path, args=ocp.args.StandardSave(leaves))
         except Exception as error:
             return self._ended(error)
         return event
