@@ -87,7 +87,7 @@ def _compare(options: Options) -> None:
             expected="one mesh",
             action="search the mesh that you chose",
         )
-    inputs = load_inputs(options, options.clusters[0])
+    inputs = load_inputs(options, max(options.clusters, key=lambda cluster: (cluster.nodes, cluster.gpus_per_node)))
     compared = compare_clusters(options.clusters, find, options.price_per_hour)
     if options.json:
         write_json({"scaling": compared}, sys.stdout)

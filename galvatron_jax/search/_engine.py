@@ -35,7 +35,7 @@ from ._assignment import Assigner
 from ._bounds import whole_seconds
 from ._partition import Solution
 from ._pipeline import Pipeline
-from ._pricing import PriceList, Prices, Problem
+from ._pricing import PriceList, Prices, Problem, least_bytes
 from ._space import Shape, even_cuts, microbatch_counts, shapes, stage_counts
 from ._stage import ROUNDING
 
@@ -152,9 +152,9 @@ class Engine:
         return self._filled(candidate, self.prices.least_seconds(samples / devices))
 
     def whole_bound_s(self, candidate: Candidate) -> float:
-        """Return a lower bound on the step time by the prices of all layers together; infinite: nothing is legal."""
+        """Return a lower bound on the step time by the prices of all layers together; infinite: nothing can fit."""
         prices = self.prices_of(candidate)
-        if prices is None:
+        if prices is None or least_bytes(prices) > candidate.slices * self.problem.budget_bytes:
             return float("inf")
         least = whole_seconds(prices, self._assigner(prices), candidate.shape, candidate.microbatches)
         return self._filled(candidate, least)

@@ -92,12 +92,17 @@ def assumption_lines(inputs: Inputs, options: Options) -> list[Line]:
     """Return what the search was given, and which part of it nobody chose."""
     model, hardware, cluster = inputs.model, inputs.hardware, inputs.cluster
     runs = ", ".join(f"{run.count} {clean(run.kind)}" for run in model.layers)
-    nodes = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.gpus_per_node} {clean(hardware.name)}"
+    several = len(options.clusters) > 1
+    shape = f"{cluster.nodes} node{'s' * (cluster.nodes > 1)} x {cluster.gpus_per_node}"
+    shape = ", ".join(each.mesh for each in options.clusters) if several else shape
+    nodes = f"{shape} {clean(hardware.name)}"
     measured = "measured" if hardware.measured else "bundled, not measured" if not options.hardware else "not measured"
     size = f" · {format_count(model.parameter_count)} parameters · {runs} · seq {model.seq} · {model.dtype}"
     lines = [
         labelled("model", Piece(clean(model.name), "bold"), size, Piece(f"   {inputs.model_source}", "dim")),
-        labelled("cluster", Piece(nodes, "bold"), _links(inputs), Piece(f"   {measured}", "dim")),
+        labelled(
+            "clusters" if several else "cluster", Piece(nodes, "bold"), _links(inputs), Piece(f"   {measured}", "dim")
+        ),
     ]
     lines[1:1] = [*_attention(model, hardware), *_measured(model, hardware)]
     doubts = freshness_notes(hardware, visible_gpu=visible_gpu() if hardware.provenance else None)
@@ -151,6 +156,8 @@ def _budget(inputs: Inputs, options: Options) -> str:
 
 
 def _batches(inputs: Inputs, options: Options) -> str:
+    if len(options.clusters) > 1 and not options.global_batches:
+        return "8, 16 and 32 samples per step and GPU, or the largest three that stay within 16 Mi tokens (default)"
     batches = options.global_batches or default_batches(inputs.cluster, inputs.model)
     text = ", ".join(str(batch) for batch in sorted(set(batches))) + " samples per step"
     if options.global_batches:

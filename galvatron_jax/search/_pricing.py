@@ -179,6 +179,16 @@ def message_buffers(prices: Prices, stages: int, stage: int, cuts: tuple[int, in
     return boundary_bytes(stages, stage, float(prices.message_bytes_J[cuts[0] if stage else cuts[1]]))
 
 
+def least_bytes(prices: Prices) -> float:
+    """Return a lower bound on the bytes of all slices together, one device each, under any schedule.
+
+    Every layer keeps its state, and at the fullest moment of its slice the residuals of at least one microbatch.
+    """
+    kinds = [prices.kinds[k] for k in prices.order.tolist()]
+    least = {kind.name: float((kind.state_bytes + kind.residual_bytes).min()) for kind in kinds}
+    return sum(least[kind.name] for kind in kinds)
+
+
 def _price(price_list: PriceList, setting: Setting) -> Prices | None:
     problem, order = price_list.problem, price_list.order
     every = stage_strategies(problem.cluster, setting.stage_devices, problem.limits)
