@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import errors as errors
     from ._auto_shard import auto_shard as auto_shard
+    from ._plan_shardings import plan_shardings as plan_shardings
     from .cluster import Cluster as Cluster
     from .plan import Plan as Plan
     from .plan import Stage as Stage
@@ -34,6 +35,7 @@ _HOMES = {
     "auto_shard": "_auto_shard",
     "find_plan": "search",
     "load_plan": "plan",
+    "plan_shardings": "_plan_shardings",
 }
 """Module of each public name; a test holds it equal to the imports above."""
 

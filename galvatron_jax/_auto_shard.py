@@ -34,6 +34,7 @@ def auto_shard(
     hardware: HardwareProfile | None = None,
     link: LinkName = "union",
     layers: str | None = None,
+    float32_reductions: bool = False,
 ) -> ShardedModel:
     """Spread a model over the visible devices and train it.
 
@@ -51,6 +52,8 @@ def auto_shard(
         link: What carries values between pipeline stages in different processes: ``"union"``, a collective permute over
             both stages' devices (CPU and GPU); or ``"device_put"``, JAX's own transfers (GPU; not tried yet).
         layers: The repeated blocks as a path, where the analysis should not look for them: ``"model.layers.*"``.
+        float32_reductions: Reduce gradients over data-parallel ranks in the dtype of the parameters, not in the dtype
+            in which the model computes them: twice the bytes for bf16, and no rounding of sums over many ranks.
 
     Raises:
         DocumentError: the plan's file is not a valid plan.
@@ -59,8 +62,8 @@ def auto_shard(
     In several processes (join them first: ``galvatron_jax.distributed``) all call everything together, with the same
     arguments; each gives ``step`` the global batch or only its own rows of it (``ShardedModel.process_rows``).
 
-    Gradients of several microbatches are reduced in every microbatch by this version's step, not once at the end as the
-    estimate assumes for zero 0 and 1: with slow links between data-parallel ranks such a step is slower than predicted.
+    Under zero 0 and 1 gradients of several microbatches are reduced once a step. A pipelined plan reduces them in every
+    microbatch in this version: with slow links between data-parallel ranks such a step is slower than predicted.
     """
     from .models import next_token_loss  # the default loss alone needs it
 
@@ -80,6 +83,7 @@ def auto_shard(
         hardware=hardware,
         link=link,
         layers=layers,
+        float32_reductions=float32_reductions,
     )
 
 

@@ -54,10 +54,11 @@ class ShardedModel:
         hardware: HardwareProfile | None,
         link: LinkName = "union",
         layers: str | None = None,
+        float32_reductions: bool = False,
     ) -> None:
         """Hold the parts; see ``auto_shard``."""
         self._source, self._loss, self._optimizer = model, loss, optimizer
-        self._link, self._layers = link, layers
+        self._link, self._layers, self._float32_reductions = link, layers, float32_reductions
         self._plan, self._cluster, self._hardware = plan, cluster, hardware
         self._analysis: Analysis | None = None
         self._programs: Programs | None = None
@@ -215,8 +216,16 @@ class ShardedModel:
         analysis = self._analyse(batch, plan.microbatch_size, plan.model.name)
         check_plan(plan, analysis.profile)
         if len(plan.stages) > 1:
-            return PipelinePrograms(analysis, plan, self._optimizer, jax.devices(), link=self._link)
-        planned = plan_model(analysis, plan, stage_mesh(self._cluster, jax.devices()))
+            return PipelinePrograms(
+                analysis,
+                plan,
+                self._optimizer,
+                jax.devices(),
+                link=self._link,
+                reduces_in_float32=self._float32_reductions,
+            )
+        mesh = stage_mesh(self._cluster, jax.devices())
+        planned = plan_model(analysis, plan, mesh, reduces_in_float32=self._float32_reductions)
         return StagePrograms(planned, self._optimizer, plan.microbatches)
 
     def _search_and_build(self, batch: Any, samples: int) -> Programs:

@@ -25,8 +25,9 @@ PUBLIC = [
     "errors",
     "find_plan",
     "load_plan",
+    "plan_shardings",
 ]
-NEEDS_JAX = {"AutoTrainer", "auto_shard"}
+NEEDS_JAX = {"AutoTrainer", "auto_shard", "plan_shardings"}
 
 
 def test_public_names_are_these() -> None:

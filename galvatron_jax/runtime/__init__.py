@@ -5,6 +5,7 @@ from ._guard import StepMetrics as StepMetrics
 from ._guard import guarded as guarded
 from ._guard import step_metrics as step_metrics
 from ._layout import LayerLayout as LayerLayout
+from ._layout import Role as Role
 from ._links import LinkName as LinkName
 from ._mesh import StageMesh as StageMesh
 from ._mesh import stage_mesh as stage_mesh

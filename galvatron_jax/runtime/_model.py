@@ -341,27 +341,30 @@ class StageModel:
         return {}
 
 
-def plan_stages(analysis: Analysis, plan: Plan, meshes: Sequence[StageMesh]) -> tuple[StageModel, ...]:
+def plan_stages(
+    analysis: Analysis, plan: Plan, meshes: Sequence[StageMesh], *, reduces_in_float32: bool = False
+) -> tuple[StageModel, ...]:
     """Give every stage of ``plan`` its share of the analysed program and its layouts.
 
     Args:
         analysis: The model, analysed at the shape of one microbatch.
         plan: Checked against the analysis (``check_plan``).
         meshes: Of each stage, in layer order; stages on one slice of devices (chunks) share a mesh.
+        reduces_in_float32: See ``StageModel``.
 
     Raises:
         UnsupportedError: the model's state cannot be shared out so.
     """
     shares = share_out(analysis, [stage.layer_count for stage in plan.stages])
     return tuple(
-        StageModel(share, mesh, _layouts(analysis, share, stage.layers(), mesh))
+        StageModel(share, mesh, _layouts(analysis, share, stage.layers(), mesh), reduces_in_float32=reduces_in_float32)
         for share, stage, mesh in zip(shares, plan.stages, meshes, strict=True)
     )
 
 
-def plan_model(analysis: Analysis, plan: Plan, mesh: StageMesh) -> StageModel:
+def plan_model(analysis: Analysis, plan: Plan, mesh: StageMesh, *, reduces_in_float32: bool = False) -> StageModel:
     """Return the only stage of a one-stage plan, whose step updates as soon as it has its gradients."""
-    (stage,) = plan_stages(analysis, plan, [mesh])
+    (stage,) = plan_stages(analysis, plan, [mesh], reduces_in_float32=reduces_in_float32)
     return dataclasses.replace(stage, gradient_role="optimizer")
 
 

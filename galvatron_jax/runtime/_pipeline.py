@@ -44,6 +44,7 @@ class PipelinePrograms:
         devices: Sequence[jax.Device],
         *,
         link: LinkName = "union",
+        reduces_in_float32: bool = False,
     ) -> None:
         """Build all programs (each compiles when it first runs) and check the order of the step.
 
@@ -53,6 +54,7 @@ class PipelinePrograms:
             optimizer: Any optax transformation that can be cut by parameter (``_cut_optimizer``).
             devices: All devices of all processes, node-major.
             link: What carries values between processes.
+            reduces_in_float32: Gradients are reduced in the parameters' dtype (see ``StageModel``).
 
         Raises:
             UnsupportedError: the model's state or the optimizer cannot be cut into stages.
@@ -61,7 +63,8 @@ class PipelinePrograms:
         self.analysis, self._plan = analysis, plan
         count = plan.stages[0].devices
         slices = [stage_mesh(plan.cluster, devices[s * count : (s + 1) * count]) for s in range(plan.slices)]
-        models = plan_stages(analysis, plan, [slices[k % plan.slices] for k in range(len(plan.stages))])
+        meshes = [slices[k % plan.slices] for k in range(len(plan.stages))]
+        models = plan_stages(analysis, plan, meshes, reduces_in_float32=reduces_in_float32)
         cut, ties = CutOptimizer(optimizer, analysis.trace.parameters), find_ties(models)
         self.stages = [_stage(k, models, cut, ties, plan.microbatches) for k in range(len(models))]
         wiring = wire(models, slices, ties, link)

@@ -44,7 +44,7 @@ def kept_bytes(sharded: Planned) -> float:
     jaxpr = jax.make_jaxpr(lambda *arguments: programs.gradients(*arguments))(state, batch).jaxpr
     forward = next(eqn for eqn in scans(jaxpr) if eqn.params["length"] == LAYERS)
     rows = forward.outvars[forward.params["num_carry"] :]
-    return sum(row.aval.size * row.aval.dtype.itemsize for row in rows) / LAYERS
+    return float(sum(row.aval.size * row.aval.dtype.itemsize for row in rows)) / LAYERS
 
 
 def scans(jaxpr: Any) -> list[Any]:

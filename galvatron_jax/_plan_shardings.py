@@ -1,0 +1,77 @@
+"""A plan as shardings for the user's own ``jax.jit``: where each parameter lives, without the rest of the runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .analysis import Loss, abstract_batch, analyse_model
+from .plan import Plan, check_devices, check_plan, load_plan
+from .runtime import Role, plan_stages, stage_mesh
+
+
+def plan_shardings(
+    plan: Plan | str | Path,
+    model: Any,
+    batch: Any,
+    *,
+    loss: Loss | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    role: Role = "parameter",
+) -> Any:
+    """Return a ``NamedSharding`` for every parameter, in the structure of the user's own parameters.
+
+    For ``in_shardings`` of a hand-written step, ``jax.device_put`` or a checkpoint. Of an NNX module the structure is
+    that of ``nnx.split(model, nnx.Param, ...)``; of a stack of layers (``nnx.scan``) whose rows the plan spreads
+    differently, the sharding is that of the first row. Parameters of a pipelined plan live on the mesh of the first
+    stage that reads them.
+
+    Args:
+        plan: The plan or its file.
+        model: As for ``auto_shard``; only shapes are needed.
+        batch: A pytree of arrays or ``jax.ShapeDtypeStruct`` whose dimension 0 is the batch, of any size.
+        loss: As for ``auto_shard``.
+        devices: All devices, node-major; those that JAX sees by default.
+        role: Of the parameters, their gradients, or their optimizer moments (the plan's zero level tells them apart).
+
+    Raises:
+        DocumentError: the plan's file is not a valid plan.
+        DeviceMismatchError: the plan needs another number of devices.
+        PlanError: the plan does not belong to the model.
+        AnalysisError: the model or loss cannot be traced.
+    """
+    from .models import next_token_loss  # the default loss alone needs it
+
+    plan = plan if isinstance(plan, Plan) else load_plan(plan)
+    devices = jax.devices() if devices is None else devices
+    check_devices(plan, len(devices))
+    spec = abstract_batch(batch, plan.microbatch_size)
+    analysis = analyse_model(model, loss or next_token_loss, spec, name=plan.model.name)
+    check_plan(plan, analysis.profile)
+    size = plan.stages[0].devices
+    meshes = [stage_mesh(plan.cluster, devices[k * size : (k + 1) * size]) for k in range(plan.slices)]
+    places: dict[int, NamedSharding] = {}
+    for stage in plan_stages(analysis, plan, [meshes[k % plan.slices] for k in range(len(plan.stages))]):
+        for slot in stage.slots:
+            for leaf in slot.leaves:
+                places.setdefault(leaf, slot.leaf_sharding(role))
+    trace = analysis.trace
+    by_row = jax.tree.unflatten(jax.tree.structure(trace.parameters), [places[i] for i in range(len(places))])
+    structure = jax.tree.structure(trace.model.parameters)
+    parts = structure.flatten_up_to(by_row)
+    whole = [
+        _of_stack(part, trace.rows.stacks[i].axis) if i in trace.rows.stacks else part for i, part in enumerate(parts)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
+def _of_stack(rows: Sequence[NamedSharding], axis: int) -> NamedSharding:
+    """Return the sharding of a stack of layers from those of its rows: the layers' dimension is whole."""
+    entries = list(rows[0].spec)
+    entries += [None] * (axis - len(entries))
+    entries.insert(axis, None)
+    return NamedSharding(rows[0].mesh, PartitionSpec(*entries))
