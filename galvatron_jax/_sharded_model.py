@@ -14,7 +14,8 @@ import msgspec
 import optax
 
 from ._document import encode
-from .analysis import Analysis, Loss, abstract_batch, analyse_model, disagreeing_samples, sample_count
+from ._text import plain
+from .analysis import Analysis, Loss, abstract_batch, analyse_model, analysis_lines, disagreeing_samples, sample_count
 from .cluster import Cluster
 from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
@@ -181,8 +182,13 @@ class ShardedModel:
         return trace.model.restore(*trace.rows.together(*jax.tree.map(copied, (state.parameters, state.model_state))))
 
     def explain(self) -> str:
-        """Return the plan as text: what runs where, and what it should cost."""
-        return describe_plan(self.plan)
+        """Return as text what runs where and what it should cost; and, after the first batch, what the analysis found.
+
+        The second part is what ``python -m galvatron_jax.analysis`` prints: layers, kinds, shapes with named classes,
+        how each may be sharded.
+        """
+        found = plain(analysis_lines(self._analysis)) if self._analysis else ""
+        return f"{describe_plan(self.plan)}\n{found}".rstrip("\n") + "\n"
 
     # ---------------------------------------------------------------------------------------------------------- pieces
     def _ready_programs(self) -> Programs:

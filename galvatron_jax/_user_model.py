@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from .analysis import Loss
+from .analysis import Loss, abstract_batch
 from .errors import ModelError
 from .models import Llama, llama_config, next_token_loss
 
@@ -26,9 +26,7 @@ class UserModel(NamedTuple):
 
     def resized(self, samples: int) -> UserModel:
         """Return the same with a batch of ``samples``."""
-        return self._replace(
-            batch=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((samples, *leaf.shape[1:]), leaf.dtype), self.batch)
-        )
+        return self._replace(batch=abstract_batch(self.batch, samples))
 
 
 def own_model(text: str, *, where: str = "--model") -> UserModel:

@@ -29,3 +29,4 @@ from ._profile import trained_variables as trained_variables
 from ._pure_model import Loss as Loss
 from ._pure_model import PureModel as PureModel
 from ._read_nnx import split_parameters as split_parameters
+from ._report import analysis_lines as analysis_lines

@@ -24,7 +24,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from ._fingerprint import Skeleton, skeleton
 from ._flatten import Equation, Program, Variable
 from ._flow import Flow
-from ._groups import find_layer_calls, find_named_calls, pattern_of
+from ._groups import called_modules, find_layer_calls, find_named_calls, pattern_of
 from ._jaxpr import abstract, run_equation, scope_name
 from ._pieces import Piece, cover
 from ._repeats import find_repeats
@@ -58,6 +58,8 @@ class Cut:
     source: Program
     by_name: bool = True
     """Layers were found as module calls, not as repeated equations."""
+    reason: str = ""
+    """Why no layers were found; empty when there are some."""
 
     @property
     def is_whole(self) -> bool:
@@ -89,7 +91,14 @@ def cut_layers(by_name: Program, flatten_all: Callable[[], Program], *, layers: 
         ]
         if _share(other, repeated) > _share(flow, named):
             return Cut(_segments(other, program, repeated), program, by_name=False)
-    return Cut(_segments(flow, by_name, named), by_name)
+    return Cut(_segments(flow, by_name, named), by_name, reason="" if named else _reason(flow))
+
+
+def _reason(flow: Flow) -> str:
+    called = called_modules(flow)
+    some = f"{', '.join(called[:6])}{', ...' if len(called) > 6 else ''}"
+    modules = f"no two calls of alike modules follow each other (called: {some})" if called else "it calls no modules"
+    return f"{modules}, and no run of equations repeats"
 
 
 def _share(flow: Flow, pieces: Sequence[Piece]) -> float:

@@ -86,6 +86,11 @@ def find_named_calls(flow: Flow, glob: str) -> list[Call]:
     return _disjoint(named)
 
 
+def called_modules(flow: Flow) -> list[str]:
+    """Return the path patterns of all modules that are called and are not inside another one, in order."""
+    return list(dict.fromkeys(pattern_of(call.module) for call in _all_calls(flow) if not call.outer))
+
+
 def _all_calls(flow: Flow) -> list[Call]:
     """Return every marked call; equations of a pullback inside the loss belong to none."""
     calls: dict[tuple[str, str], Call] = {}

@@ -32,7 +32,7 @@ ATTENTION = "sdpa@"
 MARK = re.compile(r"mark@([^@]*)@(\d+)@")
 """Scope text of one module call: path (and method), and call number."""
 
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 
 
 @dataclasses.dataclass(slots=True)
@@ -41,8 +41,9 @@ class Calls:
 
     thread: int
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    error: Exception | None = None
     failed: str | None = None
-    """Path of the innermost call that raised."""
+    """Path of the innermost call that raised ``error``."""
 
     def is_mine(self) -> bool:
         """Tell whether the current call belongs to this trace."""
@@ -55,9 +56,14 @@ class Calls:
         try:
             with jax.named_scope(f"mark@{text}@{next(self.numbers)}@"):
                 yield
-        except Exception:
-            self.failed = self.failed or path
+        except Exception as error:
+            if error is not self.error:
+                self.error, self.failed = error, path
             raise
+
+    def place(self, where: str) -> str:
+        """Return ``where``, and the module that failed."""
+        return f"{where}, in module {self.failed}" if self.failed else where
 
 
 @contextlib.contextmanager

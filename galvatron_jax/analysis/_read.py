@@ -11,6 +11,7 @@ from flax import nnx
 
 from ..errors import AnalysisError, GalvatronError
 from ._jaxpr import abstract
+from ._marks import marked_calls
 from ._pure_model import Loss, PureModel
 from ._read_linen import read_linen
 from ._read_nnx import Structure, assemble, open_module, read_nnx, split_parameters
@@ -70,17 +71,18 @@ def _read_recipe(recipe: Callable[[], Any], loss: Loss, batch: Any) -> PureModel
 
 
 def _checked(read: Callable[[], T], what: str) -> T:
-    try:
-        return read()
-    except GalvatronError:
-        raise
-    except Exception as error:
-        raise AnalysisError(
-            f"the model cannot {what}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
-            expected="a model that builds and runs under jax.jit",
-            where="model",
-            action="build it and call the loss on one batch, to see where it stops",
-        ) from error
+    with marked_calls(()) as calls:  # so that a message can name the module
+        try:
+            return read()
+        except GalvatronError:
+            raise
+        except Exception as error:
+            raise AnalysisError(
+                f"the model cannot {what}: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
+                expected="a model that builds and runs under jax.jit",
+                where=calls.place("model"),
+                action="build it and call the loss on one batch, to see where it stops",
+            ) from error
 
 
 def _unreadable(model: Any) -> AnalysisError:

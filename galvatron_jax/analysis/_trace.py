@@ -69,7 +69,7 @@ def trace_loss(model: PureModel, batch: Any, *, where: str = "loss") -> Trace:
             raise AnalysisError(
                 f"the loss cannot be traced: {type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
                 expected="loss(model, batch) that runs under jax.jit",
-                where=f"{where}, in module {calls.failed}" if calls.failed else where,
+                where=calls.place(where),
                 action="run jax.eval_shape on it to see where it stops",
             ) from error
     if getattr(value, "shape", None) != ():
