@@ -78,7 +78,7 @@ def hardware_agenda(cluster: Cluster, platform: str, *, quick: bool) -> tuple[Su
     ]
     compute = _compute_agenda(platform, quick=quick)
     overlap = _overlap_agenda(cluster, platform) if groups else []
-    return tuple(dict.fromkeys([*compute, *rounds[0], *overlap, *rounds[1]]))
+    return tuple(dict.fromkeys([*compute, *overlap, *rounds[0], *rounds[1]]))
 
 
 def _compute_agenda(platform: str, *, quick: bool) -> list[Subject]:
