@@ -15,6 +15,8 @@ from ._markup import Markup, join, tag
 
 LEFT, TOP = 64.0, 26.0
 MIN_HEIGHT, MAX_HEIGHT, ROW = 150.0, 420.0, 20.0
+MOST_ROWS = 20
+"""A longer table is folded."""
 MOST_LINES = 64
 """More groups than this in one block are no lines but a grey."""
 
@@ -99,4 +101,7 @@ def strategy_rows(plan: Plan, columns: Sequence[str], cells: Sequence[Sequence[s
     for place, row in zip(places(plan), cells, strict=True):
         swatch = tag("td", tag("i", class_="swatch", style=f"background:{chosen[place.run.strategy]}"))
         rows.append(tag("tr", swatch, *(tag("td", cell) for cell in row)))
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
+    table = tag("div", tag("table", tag("thead", head), tag("tbody", *rows)), class_="scroll")
+    if len(rows) <= MOST_ROWS:
+        return table
+    return tag("details", tag("summary", f"all {len(rows)} runs of layers"), table)

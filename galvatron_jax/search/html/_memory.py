@@ -19,13 +19,14 @@ COLUMNS = 260
 MOST_STAGES = 16
 
 
-def memory_charts(timeline: PlanTimeline, memory: Sequence[dict[str, int]], budget_bytes: int) -> Markup:
+def memory_charts(timeline: PlanTimeline, memory: Sequence[dict[str, int]], budget_bytes: int, word: str) -> Markup:
     """Return one chart for each slice of devices.
 
     Args:
         timeline: What happens when, with the levels of residuals and live bytes.
         memory: Bytes by category at the peak, by slice.
         budget_bytes: Of a device.
+        word: What a slice is called: stage, or slice when it holds several stages.
     """
     shown = list(range(len(memory)))
     if len(shown) > MOST_STAGES:
@@ -33,9 +34,9 @@ def memory_charts(timeline: PlanTimeline, memory: Sequence[dict[str, int]], budg
         shown = sorted({0, len(memory) - 1, *fullest})[:MOST_STAGES]
     top = max(budget_bytes, *(sum(parts.values()) for parts in memory)) * 1.04
     width = WIDTH if len(shown) == 1 else WIDTH / 2 - 10
-    charts = [_chart(timeline, s, memory[s], budget_bytes, top, width) for s in shown]
+    charts = [_chart(timeline, s, memory[s], budget_bytes, top, width, word) for s in shown]
     names = [name for name in MEMORY_COLOURS if any(parts.get(name) for parts in memory)]
-    note = f"the {len(shown)} fullest of {len(memory)} stages" if len(shown) < len(memory) else ""
+    note = f"the {len(shown)} fullest of {len(memory)} {word}s" if len(shown) < len(memory) else ""
     return join([
         tag("div", *charts, class_="grid" if len(shown) > 1 else ""),
         legend((name, MEMORY_COLOURS[name]) for name in names),
@@ -44,7 +45,7 @@ def memory_charts(timeline: PlanTimeline, memory: Sequence[dict[str, int]], budg
 
 
 def _chart(
-    timeline: PlanTimeline, s: int, memory: dict[str, int], budget_bytes: int, top: float, width: float
+    timeline: PlanTimeline, s: int, memory: dict[str, int], budget_bytes: int, top: float, width: float, word: str
 ) -> Markup:
     end, right = timeline.step_time_s, width - 8
     across, bottom = (right - LEFT) / COLUMNS, HEIGHT - BOTTOM
@@ -66,7 +67,7 @@ def _chart(
     parts.append(_area([held] * COLUMNS, residuals, across, up, MEMORY_COLOURS["residuals"]))
     parts.append(_area([held + r for r in residuals], live, across, up, MEMORY_COLOURS["live"]))
     peak = sum(memory.values())
-    name = f"stage {s + 1} · " if len(timeline.levels) > 1 else ""
+    name = f"{word} {s + 1} · " if len(timeline.levels) > 1 else ""
     parts.append(label(LEFT, 14, f"{name}peak {peak / GIB:.1f} of {budget_bytes / GIB:.1f} GiB", class_="head"))
     parts.append(line(LEFT, up(budget_bytes), right, up(budget_bytes), "budget"))
     middle = (LEFT + right) / 2
@@ -75,7 +76,7 @@ def _chart(
         label(middle, bottom + 16, "time in the step", "middle", class_="tick"),
         label(right, bottom + 16, format_seconds(end), "end", class_="tick"),
     ]
-    return chart(HEIGHT, *parts, label=f"memory of stage {s + 1} over one step", width=width)
+    return chart(HEIGHT, *parts, label=f"memory of {word} {s + 1} over one step", width=width)
 
 
 def _columns(levels: Sequence[MemoryLevel], end_s: float) -> tuple[list[float], list[float]]:

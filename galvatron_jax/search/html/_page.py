@@ -58,8 +58,8 @@ def write_pictures(folder: Path, content: PageContent) -> list[Path]:
     memory = [stage.memory for stage in plan.predicted.stages[: plan.slices]]
     charts = {
         "map": layer_map(plan),
-        "timeline": timeline_chart(timeline),
-        "memory": memory_charts(timeline, memory, subject.budget_bytes),
+        "timeline": timeline_chart(timeline, slice_word(plan)),
+        "memory": memory_charts(timeline, memory, subject.budget_bytes, slice_word(plan)),
     }
     if content.frontier:
         peak = max(stage.peak_bytes for stage in plan.predicted.stages)
@@ -107,8 +107,8 @@ def _sections(content: PageContent) -> list[Markup]:
     found += [
         _cards(subject),
         _section("Plan", PLAN_WORDS, layer_map(plan), strategy_rows(plan, columns, cells)),
-        _section("One step", STEP_WORDS, timeline_chart(timeline)),
-        _section("Memory", MEMORY_WORDS, memory_charts(timeline, memory, subject.budget_bytes)),
+        _section("One step", STEP_WORDS, timeline_chart(timeline, slice_word(plan))),
+        _section("Memory", MEMORY_WORDS, memory_charts(timeline, memory, subject.budget_bytes, slice_word(plan))),
         _section("Where the time goes", TIME_WORDS, time_bar(predicted.times, predicted.step_time_s)),
     ]
     if content.baselines:
@@ -124,6 +124,11 @@ def _sections(content: PageContent) -> list[Markup]:
         chart = frontier_chart(content.frontier, subject.budget_bytes, peak)
         found.append(_section("Memory against speed", "The fastest plan for each amount of memory.", chart))
     return found
+
+
+def slice_word(plan: Plan) -> str:
+    """Return what a slice of devices is called: a stage, unless it holds several."""
+    return "slice" if plan.chunks > 1 else "stage"
 
 
 def _section(title: str, words: str, *content: str) -> Markup:

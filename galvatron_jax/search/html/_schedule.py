@@ -17,8 +17,8 @@ TITLED = 3000
 COLOURS = {"forward": "#4e79a7", "backward": "#59a14f", "step end": "#b07aa1"}
 
 
-def timeline_chart(timeline: PlanTimeline) -> Markup:
-    """Return the timeline with its legend."""
+def timeline_chart(timeline: PlanTimeline, word: str) -> Markup:
+    """Return the timeline with its legend; ``word`` names a row: stage, or slice when a slice holds several stages."""
     rows = len(timeline.spans)
     row = ROW if rows <= 16 else max(6.0, 480.0 / rows)
     scale = (WIDTH - LEFT - 10) / timeline.step_time_s
@@ -31,7 +31,7 @@ def timeline_chart(timeline: PlanTimeline) -> Markup:
         parts += _boxes(spans, y, row, scale) if titled else _paths(spans, y, row, scale)
         if rows <= 32:
             parts.append(
-                label(LEFT - 8, y + row / 2 + 4, f"stage {s + 1}" if rows > 1 else "step", "end", class_="tick")
+                label(LEFT - 8, y + row / 2 + 4, f"{word} {s + 1}" if rows > 1 else "step", "end", class_="tick")
             )
     picture = chart(bottom + 24, *parts, label="pipeline timeline of one step")
     keys = [*COLOURS.items(), ("idle", "var(--idle)")]

@@ -59,6 +59,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-
   margin-top: 10px; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: 4px 14px 4px 0; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+summary { cursor: pointer; color: var(--soft); margin-top: 10px; }
 footer { color: var(--soft); font-size: 13px; margin-top: 22px; overflow-wrap: anywhere; }
 @media (max-width: 560px) { main { padding: 18px 12px 40px; } h1 { font-size: 21px; }
   .grid { grid-template-columns: 1fr; } section { padding: 14px 12px; }
