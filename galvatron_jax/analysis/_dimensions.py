@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 from ..units import ITEM_BYTES
 from ._factors import Dim, Factors
@@ -86,7 +86,8 @@ RULES: dict[str, RuleFunction] = {}
 def register_rule(*names: str) -> Callable[[RuleFunction], RuleFunction]:
     """Register the decorated function as the dimension rule of the primitives called ``names``.
 
-    The function gets a ``Rule`` and returns, for each result, one list of factors per dimension.
+    The function gets a ``Rule`` and returns, for each result, one list of factors per dimension. For kernels that one
+    line of text describes see ``register_rule_text``.
     """
 
     def register(function: RuleFunction) -> RuleFunction:
@@ -108,6 +109,16 @@ class Dimensions:
     unknown: Counter[str]
     """Primitives without a rule, and how often they occurred."""
 
+    def needed_whole(self) -> Iterator[tuple[Op, list[int]]]:
+        """Yield the operations that need classes whole, with those classes: what they cost a sharding.
+
+        An unknown primitive needs everything whole. Blocked factors are left out: nobody could shard them.
+        """
+        for op in self.ops:
+            lost = {f for _, dim in op.gathered for f in self.factors.resolve(dim) if not self.factors.is_blocked(f)}
+            if lost:
+                yield op, sorted(lost)
+
     def classes(self, value: Value) -> list[Dim]:
         """Finest factors of each dimension of ``value``."""
         return [self.factors.resolve(dim) for dim in value.dims]
@@ -120,10 +131,15 @@ class Dimensions:
 def analyse_dimensions(closed: ClosedJaxpr) -> Dimensions:
     """Analyse ``closed`` (calls of every kind are inlined first)."""
     walk = Walk(Factors())
-    program = flatten(closed, is_call)
+    program = flatten(closed, is_opened)
     inputs = [walk.fresh(v.aval) for v in program.inputs]
     outputs, _ = walk.run(program, inputs)
     return Dimensions(walk.factors, walk.ops, inputs, outputs, walk.unknown)
+
+
+def is_opened(eqn: JaxprEqn) -> bool:
+    """Descend into every kind of call that has no rule of its own."""
+    return eqn.primitive.name not in RULES and is_call(eqn)
 
 
 def copy_dims(value: Value) -> list[Dim]:
@@ -171,7 +187,7 @@ class Walk:
         """Analyse the body of a loop, branch or call."""
         closed = program if isinstance(program, ClosedJaxpr) else ClosedJaxpr(program, ())
         self.depth += 1
-        results, _ = self.run(flatten(closed, is_call), inputs, times)
+        results, _ = self.run(flatten(closed, is_opened), inputs, times)
         self.depth -= 1
         return results
 

@@ -19,9 +19,9 @@ from jax.extend.core import jaxpr_as_fun
 from ..profile import Phase
 from ..strategy import Remat
 from ._cut import Segment
-from ._dimensions import Dimensions, Op, Value, Walk
+from ._dimensions import Dimensions, Op, Value, Walk, is_opened
 from ._factors import Factors
-from ._flatten import Program, Variable, flatten, is_call, is_plain_call
+from ._flatten import Program, Variable, flatten, is_plain_call
 from ._jaxpr import abstract, is_differentiable
 from ._primitives import is_kept
 
@@ -167,7 +167,7 @@ def _trace_both_passes(segment: Segment, chosen: tuple[int, ...]) -> tuple[Progr
 
     inputs = [abstract(aval) for aval in segment.program.in_avals]
     cotangents = [abstract(v.aval) for v in segment.outputs if is_differentiable(v.aval.dtype)]
-    joint = flatten(jax.make_jaxpr(both_passes)(inputs, cotangents), is_call)
+    joint = flatten(jax.make_jaxpr(both_passes)(inputs, cotangents), is_opened)
     return joint, counts["outputs"], counts["kept"]
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ._dimensions import Rule, Value, copy_dims, register_rule
+from ._dimensions import RULES, Rule, Value, copy_dims, register_rule
 from ._factors import Dim
 from ._jaxpr import scan_operands
 from ._primitives import ELEMENTWISE, RANDOM, REDUCTIONS
+from ._rule_text import parse_rule, rule_function, shardy_rule
 
 
 @register_rule(*ELEMENTWISE)
@@ -219,3 +220,24 @@ def _cond(rule: Rule) -> list[list[Dim]]:
         for a, b in zip(branches[0], other, strict=True):
             _unify_values(rule, a, b)
     return [copy_dims(value) for value in branches[0]]
+
+
+# ------------------------------------------------------------------------------------------------------ rules as text
+def register_rule_text(name: str, text: str) -> None:
+    """Register the dimension rule of the primitive called ``name``, written as in ``_rule_text``.
+
+    >>> register_rule_text("my_attention", "b s h d, b t h d, b t h e -> b s h e")
+
+    Raises:
+        AnalysisError: ``text`` is no rule.
+    """
+    RULES[name] = rule_function(parse_rule(text))
+
+
+@register_rule("custom_partitioning")
+def _custom_partitioning(rule: Rule) -> list[list[Dim]]:
+    """The Shardy rule that the call carries; without one, what it calls."""
+    written = shardy_rule(rule.params.get("sharding_rule"))
+    if written is not None:
+        return rule_function(written)(rule)
+    return [value.dims for value in rule.walk.run_inner(rule.params["call"], rule.inputs, rule.op.times)]

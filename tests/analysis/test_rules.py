@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas
+from jax.experimental.custom_partitioning import custom_partitioning
 
-from galvatron_jax.analysis import Rule, register_rule
+from galvatron_jax.analysis import Rule, register_rule, register_rule_text
 from galvatron_jax.analysis._dimensions import RULES
 from galvatron_jax.analysis._factors import Dim
+from galvatron_jax.errors import AnalysisError
 from tests.analysis.describe import analyse, describe
 
 
@@ -222,3 +224,48 @@ def test_registered_rule_replaces_the_block(monkeypatch: pytest.MonkeyPatch) -> 
 
     assert describe(call_back, (4, 6)) == "ab->ab"
     assert not analyse(call_back, (4, 6)).unknown
+
+
+def call_kernel_of_two(x: jax.Array, y: jax.Array) -> Any:
+    return jax.pure_callback(lambda x, y: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x, y)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("a b, c b -> a b", "ab,cb->ab whole c", id="consumed inside"),
+        pytest.param("a b, c d -> a b", "ab,cd->ab whole cd", id="apart"),
+        pytest.param("a _, c d -> a _", "ab,cd->a6! whole bcd", id="not to be sharded"),
+        pytest.param("a (b c=2), a d -> a (b c)", "a(bc),ad->a(bc) whole d", id="made of two"),
+        pytest.param("a b, c d -> a b sums c", "ab,cd->ab sums c whole d", id="added up"),
+    ],
+)
+def test_rule_written_as_text(text: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("galvatron_jax.analysis._rules.RULES", rules := RULES.copy())
+    monkeypatch.setattr("galvatron_jax.analysis._dimensions.RULES", rules)
+    register_rule_text("pure_callback", text)
+    assert describe(call_kernel_of_two, (4, 6), (4, 6)) == expected
+
+
+def test_rule_without_an_arrow_says_what_is_expected() -> None:
+    with pytest.raises(AnalysisError, match="one word for each dimension"):
+        register_rule_text("mine", "a b c")
+
+
+def test_rule_that_a_custom_partitioning_call_carries_is_read() -> None:
+    @custom_partitioning
+    def mix(x: jax.Array, y: jax.Array) -> Any:
+        return call_kernel_of_two(x, y)
+
+    mix.def_partition(
+        partition=lambda *_: None,
+        infer_sharding_from_operands=lambda *_: None,
+        sharding_rule="a b, c b -> a b",
+        need_replication_factors=("c",),
+    )
+    assert describe(mix, (4, 6), (4, 6)) == "ab,cb->ab whole c"
+
+
+def test_operations_that_need_a_class_whole_are_named() -> None:
+    found = analyse(lambda x: call_back(jnp.cumsum(x, axis=1)), (4, 6))
+    assert [(op.name, len(lost)) for op, lost in found.needed_whole()] == [("cumsum", 1), ("pure_callback", 2)]
