@@ -15,6 +15,7 @@ stage ``k + 1`` (of the last stage: for its own forward).
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal, NamedTuple
 
 ScheduleName = Literal["1f1b", "gpipe", "interleaved-1f1b"]
@@ -52,10 +53,18 @@ def in_flight_units(name: str, slice_: int, slices: int, microbatches: int, chun
     """Return the fullest moments of a slice: microbatches held by chunk, those below another moment left out."""
     held = [0] * chunks
     moments = set()
-    for action in _slice_actions(name, slice_, slices, microbatches, chunks):
+    actions = _slice_actions(name, slice_, slices, microbatches, chunks)
+    for action, following in itertools.pairwise(actions):
         held[action.chunk] += 1 if action.phase == "forward" else -1
-        moments.add(tuple(held))
-    return {m for m in moments if not any(m != o and all(a <= b for a, b in zip(m, o, strict=True)) for o in moments)}
+        if action.phase == "forward" and following.phase == "backward":  # every other moment is below its neighbour
+            moments.add(tuple(held))
+    most = max(map(sum, moments))
+    lesser = {m for m in moments if sum(m) < most}  # of equal sums none is below another
+    return moments - {m for m in lesser if any(o != m and _below(m, o) for o in moments)}
+
+
+def _below(moment: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return all(a <= b for a, b in zip(moment, other, strict=True))
 
 
 def _slice_actions(name: str, s: int, slices: int, microbatches: int, chunks: int) -> tuple[Action, ...]:

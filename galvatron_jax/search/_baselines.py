@@ -151,9 +151,10 @@ def _even_cuts(engine: Engine, stages: int) -> tuple[int, ...] | None:
 
 def _stage(prices: Prices, candidate: Candidate, s: int, cuts: tuple[int, ...], strategy: Strategy) -> Floats:
     """(forward, backward, step end, peak bytes) of a stage with one strategy for all layers."""
-    layers = prices.order[cuts[s] : cuts[s + 1]].tolist()
-    rows = np.array([prices.kinds[kind].every[strategy] for kind in layers])
-    forward, backward, step_end, state, residual = rows[:, :5].sum(axis=0).tolist()
+    layers = prices.order[cuts[s] : cuts[s + 1]]
+    kinds, counts = np.unique(layers, return_counts=True)
+    rows = np.array([prices.kinds[kind].every[strategy] for kind in kinds])
+    forward, backward, step_end, state, residual = (counts[:, None] * rows[:, :5]).sum(axis=0).tolist()
     layout = prices.layouts.index(layout_of(strategy))
     if s > 0:
         there, back = prices.relayouts[layers[0]].from_wire_s

@@ -34,7 +34,7 @@ class Cut:
 
     path: Path
     least: list[Floats]
-    """``phi`` by stage: (first layer, end)."""
+    """``phi`` by stage, by what it holds (``Contents``)."""
     rest: list[Floats]
     """Least contribution of the stages from ``k`` on, by their first layer."""
 
@@ -70,29 +70,38 @@ class Bounds:
         """Use a path as a bound for all boundaries."""
         if len(self.cuts) < MAX_CUTS and all(cut.path != path for cut in self.cuts):
             least = [self.least(s, weights) for s, weights in enumerate(path.weights)]
-            for s, crossings in enumerate(path.crossings):
-                least[s] = least[s] + crossings * self.transfer(s)
             rest = [end_of(len(self.prices.order))]
-            for phi in reversed(least):
-                rest.insert(0, (phi + rest[0]).min(axis=1))
+            for s in range(self.shape.slices - 1, -1, -1):
+                after = rest[0] + self._crossing(path, s)
+                rest.insert(0, (least[s][self.prices.contents.of_interval] + after).min(axis=1))
             self.cuts.append(Cut(path, least, rest))
 
     def after(self, cuts: tuple[int, ...]) -> Floats:
         """Return the bound by the end of the next stage, when the stages before begin at ``cuts``."""
         stage, at = len(cuts) - 1, cuts[-1]
         bounds = self._joint.after(cuts)
+        held = self.prices.contents.of_interval
         for cut in self.cuts:
-            before = sum(float(cut.least[k][cuts[k], cuts[k + 1]]) for k in range(stage))
-            np.maximum(bounds, before + cut.least[stage][at] + cut.rest[stage + 1], out=bounds)
+            before = sum(
+                float(cut.least[k][held[cuts[k], cuts[k + 1]]]) + float(self._crossing(cut.path, k)[cuts[k + 1]])
+                for k in range(stage)
+            )
+            ends = cut.least[stage][held[at]] + self._crossing(cut.path, stage) + cut.rest[stage + 1]
+            np.maximum(bounds, before + ends, out=bounds)
         return bounds
 
     def least(self, stage: int, weights: Weights) -> Floats:
-        """Return a lower bound on what a stage adds by (first layer, end); infinite where it does not fit alone."""
+        """Return a lower bound on what a stage adds, by what it holds; the last entry, of nothing, is infinite."""
         (unit,), scale = normalised((weights,))
         counts = self.prices.contents.counts_SK
         bounds = self.assigner.bounds(unit, self.in_flight[stage], counts, self._least_buffers(stage))
         bounds[np.isfinite(bounds)] *= scale
-        return np.append(bounds, np.inf)[self.prices.contents.of_interval]
+        return np.append(bounds, np.inf)
+
+    def _crossing(self, path: Path, stage: int) -> Floats:
+        if stage == self.shape.slices - 1:
+            return np.zeros(len(self.prices.order) + 1)
+        return np.asarray(path.crossings[stage] * self.transfer(stage))
 
     def transfer(self, stage: int) -> Floats:
         """Return the seconds of a message from ``stage`` to the next one, by the first layer of the next one."""
@@ -114,7 +123,7 @@ class _Joint:
     first: tuple[Floats, Floats]
     """Of stage 0, with its step end: all microbatches, one microbatch."""
     pairs: list[Floats]
-    """``g`` by stage."""
+    """``g`` by stage, by what it holds."""
     rest: list[Floats]
     """``V`` by stage, by its first layer; stage 0 with its step end."""
 
@@ -127,22 +136,23 @@ class _Joint:
         for s in range(stages - 1, -1, -1):
             one = first[1] if s == 0 else pairs[s]
             busy = first[0] if s == 0 else m * pairs[s]
-            joint.rest.insert(0, np.maximum(busy, one + joint._following(s, joint.rest[0])).min(axis=1))
+            held = bounds.prices.contents.of_interval
+            joint.rest.insert(0, np.maximum(busy[held], one[held] + joint._following(s, joint.rest[0])).min(axis=1))
         return joint
 
     def after(self, cuts: tuple[int, ...]) -> Floats:
         """Return the bound by the end of the next stage, when the stages before begin at ``cuts``."""
         m, stage, at = float(self.bounds.microbatches), len(cuts) - 1, cuts[-1]
-        following = self._following(stage, self.rest[stage + 1])
+        following, held = self._following(stage, self.rest[stage + 1]), self.bounds.prices.contents.of_interval
         if stage == 0:
-            return np.asarray(np.maximum(self.first[0][at], self.first[1][at] + following))
-        bounds = np.full(len(following), float(self.first[0][0, cuts[1]]))
-        spent = float(self.first[1][0, cuts[1]] + 2 * self.bounds.transfer(0)[cuts[1]])
+            return np.asarray(np.maximum(self.first[0][held[at]], self.first[1][held[at]] + following))
+        bounds = np.full(len(following), float(self.first[0][held[0, cuts[1]]]))
+        spent = float(self.first[1][held[0, cuts[1]]] + 2 * self.bounds.transfer(0)[cuts[1]])
         for s in range(1, stage):
-            pair = float(self.pairs[s][cuts[s], cuts[s + 1]])
+            pair = float(self.pairs[s][held[cuts[s], cuts[s + 1]]])
             np.maximum(bounds, spent + m * pair, out=bounds)
             spent += pair + 2 * float(self.bounds.transfer(s)[cuts[s + 1]])
-        pairs = self.pairs[stage][at]
+        pairs = self.pairs[stage][held[at]]
         return np.asarray(np.maximum(bounds, spent + np.maximum(m * pairs, pairs + following)))
 
     def _following(self, stage: int, rest: Floats) -> Floats:

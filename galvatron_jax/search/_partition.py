@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ._paths import Path, bottleneck_path, longest_path
-from ._stage import ROUNDING, SliceChoice, SliceWeights, Span, StageChoice, normalised
+from ._stage import ROUNDING, SliceChoice, SliceWeights, StageChoice, normalised
 
 if TYPE_CHECKING:
     from ._pipeline import Pipeline
@@ -45,31 +45,28 @@ class Partition:
 
     pipeline: Pipeline
     boundaries: tuple[int, ...]
-    spans: list[Span] = field(init=False)
     transfer_s: list[float] = field(init=False)
-    paths: list[Path] = field(init=False)
+    paths: list[Path] = field(default_factory=list)
+    """Known paths: the bottleneck paths and the cuts known for all boundaries, once it is solved."""
     best: Solution | None = None
 
     def __post_init__(self) -> None:
-        """Begin with the bottleneck paths, and with the cuts known for all boundaries."""
-        (slices, _, chunks), m = self.pipeline.shape, self.pipeline.microbatches
-        self.spans = [self.pipeline.span(s, self.boundaries) for s in range(slices)]
+        """Price the messages."""
         self.transfer_s = self.pipeline.transfers(self.boundaries)
-        self.paths = [bottleneck_path(slices, m, s, chunks) for s in range(slices)]
-        self.paths += self.pipeline.paths
 
-    def bound_s(self, enough: float) -> float:
-        """Return a bound that no choice of strategies stays below; not always the best one when it is ``enough``."""
-        bound = 0.0
-        for path in reversed(self.paths):
-            bound = max(bound, self._bound(path, {}))
-            if bound >= enough:
-                break
-        return bound
+    @property
+    def slices(self) -> int:
+        """Number of device slices."""
+        return self.pipeline.shape.slices
+
+    def _bottleneck(self, s: int) -> Path:
+        slices, _, chunks = self.pipeline.shape
+        return bottleneck_path(slices, self.pipeline.microbatches, s, chunks)
 
     def solve(self, known: Solution | None) -> Solution | None:
         """Return the best solution below the pipeline's limit, which ``known`` has set, or None."""
         self.best = known
+        self.paths = [self._bottleneck(s) for s in range(self.slices)] + self.pipeline.paths
         self._search({})
         return self.best if self.best is not known else None
 
@@ -82,7 +79,7 @@ class Partition:
             leader = max(range(len(bounds)), key=bounds.__getitem__)
             if bounds[leader] >= self.pipeline.limit * (1 - ROUNDING):
                 return
-            chosen = [self._choice(s, self.paths[leader], fixed) for s in range(len(self.spans))]
+            chosen = [self._choice(s, self.paths[leader], fixed) for s in range(self.slices)]
             choices = tuple(choice for choice in chosen if choice is not None)
             path = self._play(choices)
             if choices in seen or path in self.paths:
@@ -90,12 +87,12 @@ class Partition:
             seen.add(choices)
             self.paths.append(path)
             self.pipeline.learn(path)
-        if len(fixed) < len(self.spans) and bounds[leader] < self.pipeline.limit * (1 - ROUNDING):
+        if len(fixed) < self.slices and bounds[leader] < self.pipeline.limit * (1 - ROUNDING):
             self._branch(fixed, choices, path)
 
     def _branch(self, fixed: dict[int, SliceChoice], choices: tuple[SliceChoice, ...], path: Path) -> None:
         """Fix every choice of one slice that may be part of a better solution, the most promising first."""
-        free = [s for s in range(len(self.spans)) if s not in fixed]
+        free = [s for s in range(self.slices) if s not in fixed]
         chosen = max(free, key=lambda s: choices[s].cost(self._weights(path, s)) - self._least(s, path, fixed))
         options = self._options(chosen, fixed)
         ranked = sorted(
@@ -118,7 +115,7 @@ class Partition:
                 spare = self.pipeline.limit - self._bound(path, fixed)
                 allowed.append((spare / least if least else np.inf, weights, least + spare))
         _, weights, most = min(allowed)
-        found = self.pipeline.assigner.within(self.spans[chosen], weights, most)
+        found = self.pipeline.assigner.within(self.pipeline.span(chosen, self.boundaries), weights, most)
         return [c for c in found if all(c.cost(w) <= top * (1 + ROUNDING) for _, w, top in allowed)]
 
     def _play(self, choices: tuple[SliceChoice, ...]) -> Path:
@@ -131,7 +128,7 @@ class Partition:
         return path
 
     def _bound(self, path: Path, fixed: dict[int, SliceChoice]) -> float:
-        stages = sum(self._least(s, path, fixed) for s in range(len(self.spans)))
+        stages = sum(self._least(s, path, fixed) for s in range(self.slices))
         return stages + sum(k * t for k, t in zip(path.crossings, self.transfer_s, strict=True))
 
     def _least(self, chosen: int, path: Path, fixed: dict[int, SliceChoice]) -> float:
@@ -145,7 +142,7 @@ class Partition:
         if chosen in fixed:
             return fixed[chosen]
         unit, _ = normalised(self._weights(path, chosen))
-        return self.pipeline.assigner.cheapest(self.spans[chosen], unit)
+        return self.pipeline.assigner.cheapest(self.pipeline.span(chosen, self.boundaries), unit)
 
     def _weights(self, path: Path, s: int) -> SliceWeights:
         return path.of_slice(s, self.pipeline.shape.slices)

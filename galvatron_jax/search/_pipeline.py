@@ -34,7 +34,7 @@ from ._partition import Partition, Solution
 from ._paths import Path
 from ._pricing import Prices, message_buffers
 from ._space import Shape, even_cuts
-from ._stage import ROUNDING, Section, Span
+from ._stage import ROUNDING, Section, Span, Weights, normalised
 
 SAME_AGAIN = 4
 """Groups of S microbatches after which an interleaved schedule only repeats itself: the fill takes less than two, the
@@ -73,6 +73,8 @@ class Pipeline:
     _fastest: list[float] = field(default_factory=list)
     """Least seconds of one microbatch through the first ``n`` layers, at index ``n``."""
     _schedule: Schedule = ()
+    _span: tuple[tuple[int, ...], dict[int, Span]] | None = None
+    """Spans of the boundaries asked for last."""
 
     def __post_init__(self) -> None:
         """Bound all bottleneck paths for all boundaries."""
@@ -95,7 +97,7 @@ class Pipeline:
             return self.bounds.whole_s
         while self._ranked and not self._ranked[0][1] and self._ranked[0][0] < self.limit:
             _, _, boundaries = self._ranked[0]
-            heapq.heapreplace(self._ranked, (Partition(self, boundaries).bound_s(self.limit), True, boundaries))
+            heapq.heapreplace(self._ranked, (self._own_bound_s(boundaries), True, boundaries))
         return self._ranked[0][0] if self._ranked else np.inf
 
     @property
@@ -128,6 +130,14 @@ class Pipeline:
 
     def span(self, s: int, boundaries: tuple[int, ...]) -> Span:
         """Return what slice ``s`` holds."""
+        if self._span is None or self._span[0] != boundaries:
+            self._span = boundaries, {}
+        spans = self._span[1]
+        if s not in spans:
+            spans[s] = self._made_span(s, boundaries)
+        return spans[s]
+
+    def _made_span(self, s: int, boundaries: tuple[int, ...]) -> Span:
         stages = range(s, self.shape.stages, self.shape.slices)
         buffers = sum(
             message_buffers(self.prices, self.shape.stages, k, (boundaries[k], boundaries[k + 1])) for k in stages
@@ -164,12 +174,28 @@ class Pipeline:
 
     def _quick_bound_s(self, boundaries: tuple[int, ...]) -> float:
         """The bottleneck paths with each layer under its fastest strategy."""
-        ahead, transfers, fill, bound = self._fastest, self.transfers(boundaries), 0.0, 0.0
-        spent = [ahead[b] - ahead[a] for a, b in itertools.pairwise(boundaries)]
-        for s in range(self.shape.slices):
-            bound = max(bound, fill + self.microbatches * sum(spent[s :: self.shape.slices]))
-            fill += spent[s] + 2 * transfers[s]
+        spent = self._spent(boundaries)
+        own = [self.microbatches * sum(spent[s :: self.shape.slices]) for s in range(self.shape.slices)]
+        return max(fill + seconds for fill, seconds in zip(self._fills(boundaries), own, strict=True))
+
+    def _own_bound_s(self, boundaries: tuple[int, ...]) -> float:
+        """The same with the bottleneck's own strategies solved; not always the best bound when it reaches the limit."""
+        bound, m = 0.0, float(self.microbatches)
+        for s, fill in reversed(list(enumerate(self._fills(boundaries)))):
+            weights = (Weights(m, m, float(s == 0)),) * self.shape.chunks
+            choice = self.assigner.cheapest(self.span(s, boundaries), normalised(weights)[0])
+            bound = max(bound, np.inf if choice is None else fill + choice.cost(weights))
+            if bound >= self.limit:
+                break
         return bound
+
+    def _fills(self, boundaries: tuple[int, ...]) -> list[float]:
+        """What precedes and follows a slice's own actions on its bottleneck path, at least."""
+        ways = zip(self._spent(boundaries), self.transfers(boundaries), strict=False)
+        return list(itertools.accumulate((spent + 2 * wire for spent, wire in ways), initial=0.0))[: self.shape.slices]
+
+    def _spent(self, boundaries: tuple[int, ...]) -> list[float]:
+        return [self._fastest[b] - self._fastest[a] for a, b in itertools.pairwise(boundaries)]
 
     def _depth_first(self, bounds: Bounds) -> Iterator[tuple[int, ...]]:
         """Take the most promising next stage first."""

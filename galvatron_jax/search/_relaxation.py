@@ -19,6 +19,9 @@ import numpy as np
 from ._dominance import undominated
 from ._knapsack import Floats, Ints, Menu
 
+MANY_ENTRIES = 2**24
+"""(stages * prices * thresholds) above which bounds are coarse."""
+COARSE_PRICES = 12
 STEEPER, STEEPER_STEPS = 1.5, 4
 
 
@@ -56,6 +59,8 @@ class Relaxation:
 
     def bounds(self, counts_SK: Floats, room: float) -> Floats:
         """Return the bound of each stage (row of layer counts by kind); infinite where nothing fits."""
+        if counts_SK.shape[0] * self.least_KPT[0].size > MANY_ENTRIES:
+            return self._coarse_bounds(counts_SK, room)
         every = np.arange(len(self.thresholds))
         return np.asarray(self._bounds(counts_SK, every, room - self.thresholds).min(axis=1))
 
@@ -64,6 +69,16 @@ class Relaxation:
         at = np.searchsorted(self.thresholds, thresholds, side="right") - 1
         bounds = self._bounds(counts_K[None, :], np.maximum(at, 0), room - thresholds)[0]
         return np.where(at < 0, np.inf, bounds)
+
+    def _coarse_bounds(self, counts_SK: Floats, room: float) -> Floats:
+        """The same for very many stages: with all options, the least live layer of all, and a few byte prices."""
+        chosen = np.unique(np.linspace(0, len(self.prices) - 1, COARSE_PRICES).round().astype(np.int64))
+        left, bounds = room - float(self.thresholds[0]), np.full(len(counts_SK), -np.inf)
+        for p in chosen.tolist():
+            total = weighted_sum(counts_SK, self.least_KPT[:, p, -1:])[:, 0]
+            np.maximum(bounds, total - self.prices[p] * left, out=bounds)
+        small = weighted_sum(counts_SK, self.smallest_KT[:, -1:])[:, 0]
+        return np.where(small > left, np.inf, bounds)
 
     def whole_bound(self, counts_K: Floats, room: float) -> float:
         """Return the bound of layers that share ``room`` bytes, whatever is alive besides."""

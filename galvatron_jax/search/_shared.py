@@ -11,8 +11,8 @@ times to stage c, its bytes to every moment, and the changes between the wire an
 ends with the kind; a pair of kinds that follow each other in a stage adds the change between their layouts.
 
 **Pruning**, which never loses a best choice: what cannot fit even with the smallest options of the kinds to come; what
-costs more than the limit even with their cheapest; and among options of one kind and layout those that another one
-beats or equals in every stage's times, bytes and live bytes (the objective's weights are not negative).
+costs more than the limit even with their cheapest; and, when one best choice is enough, among options of one kind and
+layout those that another one beats or equals in cost, states, residuals and live bytes.
 
 Complexity: the product of the kinds' options that survive, usually some thousand rows, in numpy.
 """
@@ -36,7 +36,7 @@ FEW_ROWS = 4096
 
 
 class _Options(NamedTuple):
-    """What one kind can do: rows of ``KindPrices``."""
+    """What one kind can do, by row of ``KindPrices``."""
 
     kind: int
     rows: Ints
@@ -106,18 +106,24 @@ class SharedSlice:
         for moment in self.span.moments:
             held = sum(h * n for h, n in zip(moment, layers.tolist(), strict=True))
             bytes_.append(state + held * prices.residual_bytes)
-        every, live = np.stack(bytes_, axis=1), prices.live_bytes
-        columns = np.column_stack([times.reshape(len(state), -1), every, live])
-        keep = np.flatnonzero(undominated(columns, prices.layout))
-        return _Options(kind, keep, prices.layout[keep], times[keep], every[keep], live[keep])
+        rows = np.arange(len(state))
+        return _Options(kind, rows, prices.layout, times, np.stack(bytes_, axis=1), prices.live_bytes)
+
+    def _unbeaten(self, options: _Options, weights: SliceWeights) -> Ints:
+        """Options that may be part of the best choice."""
+        prices = self.prices.kinds[options.kind]
+        cost = _cost(options.times, weights)
+        columns = np.column_stack([cost, prices.state_bytes, prices.residual_bytes, prices.live_bytes])
+        return np.flatnonzero(undominated(columns, prices.layout))
 
     def _combine(self, weights: SliceWeights, limit: float, *, thin: bool) -> _Table:
         options, moments = self._options, len(self.span.moments)
         costs = [_cost(option.times, weights) for option in options]
+        every = [self._unbeaten(some, weights) if thin else some.rows for some in options]
         table = _Table(np.zeros((1, 0), np.int64), np.zeros(1), np.zeros((1, moments)), np.zeros(1))
-        for at, more in enumerate(options):
+        for at in range(len(options)):
             self.poll()
-            table = self._joined(table, more, costs[at], weights, at)
+            table = self._joined(table, every[at], costs[at], weights, at)
             least = sum(float(cost.min()) for cost in costs[at + 1 :])
             table = table.at(np.flatnonzero(self._fits(table, options[at + 1 :]) & (table.cost + least <= limit)))
             if thin and len(table.live) > FEW_ROWS and at + 1 < len(options):
@@ -125,10 +131,10 @@ class SharedSlice:
                 table = table.at(np.flatnonzero(undominated(columns, self._labels(table))))
         return table
 
-    def _joined(self, table: _Table, more: _Options, cost: Floats, weights: SliceWeights, at: int) -> _Table:
-        """All choices of the table with all options of one more kind."""
-        old = np.repeat(np.arange(len(table.live)), len(more.live))
-        new = np.tile(np.arange(len(more.live)), len(table.live))
+    def _joined(self, table: _Table, rows: Ints, cost: Floats, weights: SliceWeights, at: int) -> _Table:
+        """All choices of the table with some options of one more kind."""
+        more = self._options[at]
+        old, new = np.repeat(np.arange(len(table.live)), len(rows)), np.tile(rows, len(table.live))
         picked = np.column_stack([table.picked[old], new])
         total = table.cost[old] + cost[new]
         for c, forward_s, backward_s in self._changes(picked, at):
@@ -178,9 +184,7 @@ class SharedSlice:
         return labels
 
     def _choice(self, picked: Ints, times: Floats) -> SliceChoice:
-        rows = {
-            options.kind: int(options.rows[pick]) for options, pick in zip(self._options, picked.tolist(), strict=True)
-        }
+        rows = {options.kind: row for options, row in zip(self._options, picked.tolist(), strict=True)}
         stages = []
         for (forward, backward, step_end), section in zip(times.tolist(), self.span.sections, strict=True):
             runs = tuple((kind, rows[kind], layers) for kind, layers in section.runs)

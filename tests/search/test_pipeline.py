@@ -13,9 +13,8 @@ from galvatron_jax.search._space import Shape
 def test_fullest_moments_repeat_after_a_few_groups(slices: int, chunks: int, groups: int) -> None:
     shape = Shape(slices, "interleaved-1f1b", chunks)
     for s in range(slices):
-        assert set(fullest_moments(shape, groups * slices, s)) == in_flight_units(
-            "interleaved-1f1b", s, slices, groups * slices, chunks
-        )
+        every = in_flight_units("interleaved-1f1b", s, slices, groups * slices, chunks)
+        assert set(fullest_moments(shape, groups * slices, s)) == every
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
