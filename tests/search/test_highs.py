@@ -1,7 +1,7 @@
 """The search against HiGHS: medium problems of one stage as integer programs, written down from the same prices.
 
-Variables: x[i, r] = 1 where layer i takes option r, and y[i, a, b] = 1 where the layout changes from a to b before layer
-i; minimise the step time, hold the memory at each threshold of the largest live layer. Nothing of the search's own is
+Variables: x[i, r] = 1 where layer i takes option r, and y[i, a, b] = 1 where the layout changes from a to b before
+layer i; minimise the step time, hold the memory at each threshold of the largest live layer. Nothing of the search's own is
 used but the prices of the options (which ``test_exact`` holds against ``estimate_plan``).
 """
 
@@ -11,9 +11,10 @@ import dataclasses
 import random
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 import pytest
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[attr-defined]  # scipy has no stubs here
 from scipy.sparse import csr_matrix
 
 from galvatron_jax.cluster import parse_cluster
@@ -24,8 +25,6 @@ from galvatron_jax.search._pricing import Prices, Problem
 from galvatron_jax.search._rules import forbid
 from galvatron_jax.search._space import Limits
 from tests.search.problems import model_of, random_hardware, random_rules
-
-import msgspec
 
 SAME = 1e-6
 
@@ -120,7 +119,7 @@ def _at_threshold(program: Program, budget: float, threshold: float) -> float:
     rows.append(dict(enumerate((program.sizes / budget).tolist())))
     low.append(-np.inf)
     high.append((budget - threshold) / budget)
-    matrix = csr_matrix(
+    matrix = csr_matrix(  # type: ignore[no-untyped-call]
         (
             [value for row in rows for value in row.values()],
             ([i for i, row in enumerate(rows) for _ in row], [k for row in rows for k in row]),
@@ -128,11 +127,11 @@ def _at_threshold(program: Program, budget: float, threshold: float) -> float:
         shape=(len(rows), xs + ys),
     )
     allowed = np.append(program.live <= threshold, np.ones(ys, bool)).astype(float)
-    found = milp(
+    found = milp(  # type: ignore[no-untyped-call]
         cost / scale,
-        constraints=LinearConstraint(matrix, low, high),
+        constraints=LinearConstraint(matrix, low, high),  # type: ignore[no-untyped-call]
         integrality=np.append(np.ones(xs), np.zeros(ys)),
-        bounds=Bounds(0, allowed),
+        bounds=Bounds(0, allowed),  # type: ignore[no-untyped-call]
         options={"mip_rel_gap": 1e-9},
     )
     return float(found.fun) * scale if found.success else np.inf
