@@ -32,7 +32,7 @@ from .explain import (
     what_if_lines,
     what_ifs,
 )
-from .html import PageContent, check_page_target, write_page, write_pictures
+from .html import PageContent, check_page_target, write_page, write_pictures, write_png_pictures
 
 TEXTS = {
     "explain": "Say why each layer has its strategy, what the others would cost, and what binds.",
@@ -77,6 +77,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
             "--out", metavar="FILE", type=Path, default=Path("report.html"), help="(default: report.html)"
         )
         parser.add_argument("--svg", metavar="DIR", type=Path, help="write the charts as SVG files there too")
+        parser.add_argument(
+            "--png", metavar="DIR", type=Path, help="write timeline and memory as PNG there too ([viz])"
+        )
     else:
         parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on stdout")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -144,5 +147,6 @@ def _report(found: argparse.Namespace) -> None:
     baselines = price_baselines(Engine(split.problem, batches))
     frontier = memory_frontier(split, batches, subject.plan)
     content = PageContent(subject=subject, baselines=baselines, frontier=frontier, note=note)
-    written = [write_page(found.out, content)] + (write_pictures(found.svg, content) if found.svg else [])
+    written = write_png_pictures(found.png, content) if found.png else []  # first: it may need what is not installed
+    written += [write_page(found.out, content), *(write_pictures(found.svg, content) if found.svg else [])]
     show([(Piece(f"wrote {clean(str(path))}"),) for path in written], sys.stdout)

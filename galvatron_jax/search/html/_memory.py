@@ -17,6 +17,8 @@ HEIGHT, LEFT, TOP, BOTTOM = 210.0, 44.0, 24.0, 26.0
 COLUMNS = 260
 """Steps along the time; a step shows the highest value in it."""
 MOST_STAGES = 16
+STANDING = ("parameters", "gradients", "optimizer", "boundary")
+"""Categories that are there all the time."""
 
 
 def memory_charts(timeline: PlanTimeline, memory: Sequence[dict[str, int]], budget_bytes: int, word: str) -> Markup:
@@ -55,7 +57,7 @@ def _chart(
 
     parts = [axis_y([t * GIB for t in ticks(top / GIB, 4)], up, LEFT, right, lambda size: f"{size / GIB:g}")]
     held = 0.0
-    for name in ("parameters", "gradients", "optimizer", "boundary"):
+    for name in STANDING:
         size = memory.get(name, 0)
         if size:
             title = f"{name} {size / GIB:.2f} GiB"

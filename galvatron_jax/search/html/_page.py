@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..._document import write_text
-from ...cost import plan_timeline
+from ...cost import PlanTimeline, plan_timeline
 from ...errors import DocumentError
 from ...plan import Plan
 from ...units import GIB, format_count, format_gib, format_seconds
@@ -19,6 +19,7 @@ from ._map import layer_map, strategy_rows
 from ._markup import Markup, join, tag
 from ._memory import memory_charts
 from ._pictures import standalone
+from ._png import write_pngs
 from ._schedule import timeline_chart
 from ._style import STYLE
 
@@ -53,22 +54,33 @@ def write_pictures(folder: Path, content: PageContent) -> list[Path]:
         DocumentError: the folder cannot be written.
     """
     subject, plan = content.subject, content.subject.plan
-    assert plan.predicted is not None
-    timeline = plan_timeline(plan, subject.model, subject.hardware)
-    memory = [stage.memory for stage in plan.predicted.stages[: plan.slices]]
+    timeline, memory = _played(subject)
     charts = {
         "map": layer_map(plan),
         "timeline": timeline_chart(timeline, slice_word(plan)),
         "memory": memory_charts(timeline, memory, subject.budget_bytes, slice_word(plan)),
     }
     if content.frontier:
-        peak = max(stage.peak_bytes for stage in plan.predicted.stages)
-        charts["frontier"] = frontier_chart(content.frontier, subject.budget_bytes, peak)
+        charts["frontier"] = frontier_chart(content.frontier, subject.budget_bytes, subject.present.peak_bytes)
     return [
         write_text(picture, folder / f"{name}{number}.svg", "picture")
         for name, markup in charts.items()
         for number, picture in standalone(markup)
     ]
+
+
+def write_png_pictures(folder: Path, content: PageContent) -> list[Path]:
+    """Write timeline and memory as PNG files; arguments and errors as ``_png.write_pngs``."""
+    timeline, memory = _played(content.subject)
+    return write_pngs(folder, timeline, memory, slice_word(content.subject.plan))
+
+
+def _played(subject: Subject) -> tuple[PlanTimeline, list[dict[str, int]]]:
+    """What every slice does when, and its bytes by category."""
+    plan = subject.plan
+    assert plan.predicted is not None
+    memory = [stage.memory for stage in plan.predicted.stages[: plan.slices]]
+    return plan_timeline(plan, subject.model, subject.hardware), memory
 
 
 def render_page(content: PageContent) -> str:
@@ -100,8 +112,7 @@ def _sections(content: PageContent) -> list[Markup]:
     subject, plan = content.subject, content.subject.plan
     predicted = plan.predicted
     assert predicted is not None
-    timeline = plan_timeline(plan, subject.model, subject.hardware)
-    memory = [stage.memory for stage in predicted.stages[: plan.slices]]
+    timeline, memory = _played(subject)
     columns, cells = run_cells(plan, subject.model, subject.hardware)
     found = [tag("p", content.note, class_="warn")] if content.note else []
     found += [

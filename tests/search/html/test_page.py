@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import html.parser
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import estimate_plan, plan_timeline
+from galvatron_jax.errors import ToolchainError
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
 from galvatron_jax.profile import LayerRun, ModelProfile
 from galvatron_jax.search import find_plan
 from galvatron_jax.search.explain import Subject, memory_frontier
-from galvatron_jax.search.html import PageContent, render_page, write_page, write_pictures
+from galvatron_jax.search.html import PageContent, render_page, write_page, write_pictures, write_png_pictures
 from galvatron_jax.search.html._draw import ticks
 from galvatron_jax.search.html._markup import tag
 from tests.support.toy_models import llama_like_profile, toy_hardware
@@ -163,6 +165,16 @@ def test_pictures_stand_alone(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["map.svg", "timeline.svg", "memory1.svg", "memory2.svg"]
     for path in written:
         assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_png_pictures_are_drawn_or_say_what_is_missing(tmp_path: Path) -> None:
+    content = PageContent(subject=Subject(pipeline("interleaved-1f1b", 2, 4, 2), MODEL, toy_hardware()))
+    if importlib.util.find_spec("matplotlib") is None:
+        with pytest.raises(ToolchainError, match=r"matplotlib is not installed.*--svg"):
+            write_png_pictures(tmp_path, content)
+        return
+    for path in write_png_pictures(tmp_path, content):
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_attributes_and_text_are_escaped() -> None:
