@@ -21,7 +21,7 @@ from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
 from .plan import Plan, Training, check_plan
 from .profile import HardwareProfile
-from .runtime import LinkName, PipelinePrograms, StagePrograms, TrainState, agree, plan_model, stage_mesh
+from .runtime import LinkName, PipelinePrograms, StagePrograms, TrainState, agree, in_turn, plan_model, stage_mesh
 from .search import describe_plan, find_plan
 
 Programs = StagePrograms | PipelinePrograms
@@ -103,14 +103,15 @@ class ShardedModel:
             PlanError: the batch has another number of samples than the plan.
         """
         programs: Any = self._ready(batch)
-        self._state, metrics = programs.train(self.state, programs.place_batch(jax.tree.leaves(batch)))
+        placed = programs.place_batch(jax.tree.leaves(batch))
+        self._state, metrics = in_turn(programs.train(self.state, placed))
         self._steps += 1
         return StepResult(**metrics._asdict(), step=self._steps)
 
     def eval(self, batch: Any) -> jax.Array:
         """Return the mean loss of a batch (see ``step``) under the same plan, without an update."""
         programs: Any = self._ready(batch)
-        loss: jax.Array = programs.evaluate(self.state, programs.place_batch(jax.tree.leaves(batch)))
+        loss: jax.Array = in_turn(programs.evaluate(self.state, programs.place_batch(jax.tree.leaves(batch))))
         return loss
 
     @property
@@ -145,7 +146,9 @@ class ShardedModel:
         those of the first stage that holds the leaf. Where a process has none of them, the leaf is a handle without
         data.
         """
-        return self._ready_programs().to_user(self.state)
+        programs: Any = self._ready_programs()
+        neutral: TrainState = in_turn(programs.to_user(self.state))
+        return neutral
 
     def abstract_state(self) -> TrainState:
         """Return shape, dtype and sharding of each leaf of ``neutral_state`` (``jax.ShapeDtypeStruct``).

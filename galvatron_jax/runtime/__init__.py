@@ -20,3 +20,4 @@ from ._share import StageShare as StageShare
 from ._slots import Slot as Slot
 from ._step import StagePrograms as StagePrograms
 from ._step import TrainState as TrainState
+from ._turns import in_turn as in_turn

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ._links import PIPE
+from ._links import PIPE, LinkName, connect
 from ._mesh import StageMesh
 from ._placing import is_here, key_data, named, restrict
+from ._turns import in_turn
 
 Vectors = list[Any]
 
@@ -54,51 +55,60 @@ class Exchange:
             local = [vector for vector in chunk if vector is not None]
             shards = [shard.data for vector in local for shard in vector.addressable_shards]
             joined.append(jax.make_array_from_single_device_arrays((count, *local[0].shape[1:]), rows, shards))
-        everywhere = self._gather(joined)
+        everywhere = [in_turn(self._gather(array)) for array in joined]  # one by one: see _links._permute
         return [self._on_slice(stage, everywhere) for stage in self._slices]
 
-    def spread(self, leaf: jax.Array) -> jax.Array:
+    def spread(self, leaf: jax.Array, link: LinkName) -> jax.Array:
         """Return a copy of an array of one slice that is spread over the devices of all slices.
 
-        Its first dimension that the number of slices still divides is sharded over them too, so that a device holds no
-        more than its part of the model; an array without one is copied to every slice. All processes call it.
+        Its first whole dimension that the number of slices divides is sharded over them, so that a device holds no more
+        than its part of the model; an array without one is copied to every slice. All processes call it.
         """
-        place = NamedSharding(self._mesh, self._over_slices(leaf.shape, named(leaf)))
-        if place.is_fully_addressable:
-            moved: jax.Array = jax.device_put(leaf, place, may_alias=False)
-            return moved
-        return self._from_slice(leaf, place)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            keys: jax.Array = jax.random.wrap_key_data(
+                self.spread(key_data(leaf), link), impl=jax.random.key_impl(leaf)
+            )
+            return keys
+        place, count = named(leaf), len(self._slices)
+        spec = [*place.spec, *[None] * (leaf.ndim - len(place.spec))]
+        cut = next((d for d, size in enumerate(leaf.shape) if spec[d] is None and size % count == 0), None)
+        parts = [self._part(leaf, s, cut, link) for s in range(count)]
+        if cut is not None:
+            spec[cut] = PIPE
+        shards = [shard.data for part in parts if part is not None for shard in part.addressable_shards]
+        whole = NamedSharding(self._mesh, PartitionSpec(*spec))
+        spread: jax.Array = jax.make_array_from_single_device_arrays(leaf.shape, whole, shards)
+        return spread
 
-    def _over_slices(self, shape: tuple[int, ...], place: Any) -> PartitionSpec:
-        spec = [*place.spec, *[None] * (len(shape) - len(place.spec))]
-        for dim, size in enumerate(place.shard_shape(shape)):
-            if size % len(self._slices) == 0:
-                axes = () if spec[dim] is None else (spec[dim],) if isinstance(spec[dim], str) else spec[dim]
-                return PartitionSpec(*spec[:dim], (*axes, PIPE), *spec[dim + 1 :])
-        return PartitionSpec(*spec)
-
-    def _from_slice(self, leaf: jax.Array, place: NamedSharding) -> jax.Array:
-        """Spread across processes: stacked over the slices, of which all but one bring zeros, and summed."""
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        if is_key:
-            data = self._from_slice(key_data(leaf), NamedSharding(self._mesh, PartitionSpec()))
-            key: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-            return key
-        stacked = NamedSharding(self._mesh, PartitionSpec(PIPE, *named(leaf).spec))
-        shards = [shard.data[None] for shard in leaf.addressable_shards]
-        own = leaf.sharding.shard_shape(leaf.shape)
-        for stage in self._slices:
-            if stage.mesh != named(leaf).mesh:
-                here = stage.replicated.addressable_devices
-                shards += [jax.device_put(jnp.zeros((1, *own), leaf.dtype), device) for device in here]
-        joined = jax.make_array_from_single_device_arrays((len(self._slices), *leaf.shape), stacked, shards)
-        whole: jax.Array = jax.jit(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), out_shardings=place)(joined)
-        return whole
+    def _part(self, leaf: jax.Array, slice_: int, cut: int | None, link: LinkName) -> jax.Array | None:
+        """Send a slice its part of an array of another one; None in a process without the slice."""
+        place, count = named(leaf), len(self._slices)
+        shape = [size // count if d == cut else size for d, size in enumerate(leaf.shape)]
+        source = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
+        target = self._slices[slice_].sharding(place.spec)
+        part = in_turn(_take(place)(leaf, slice_, cut, shape)) if is_here(place) else None
+        if target == place:
+            return part
+        wanted = jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=target)
+        arrived = connect([source], [wanted], link).send(None if part is None else [part])
+        return None if arrived is None else arrived[0]
 
     @functools.cached_property
-    def _gather(self) -> Callable[[Vectors], Vectors]:
-        return jax.jit(lambda arrays: arrays, out_shardings=self.everywhere)
+    def _gather(self) -> Callable[[jax.Array], jax.Array]:
+        return jax.jit(lambda array: array, out_shardings=self.everywhere)
 
     def _on_slice(self, stage: StageMesh, arrays: Vectors) -> Vectors | None:
         place = stage.replicated
         return [restrict(array, place) for array in arrays] if is_here(place) else None
+
+
+@functools.cache
+def _take(place: NamedSharding) -> Callable[..., jax.Array]:
+    """Return the compiled function that copies a part of an array along one dimension (the whole for None)."""
+
+    def take(array: jax.Array, number: int, cut: int | None, shape: tuple[int, ...]) -> jax.Array:
+        start = [number * shape[d] if d == cut else 0 for d in range(array.ndim)]
+        return jax.lax.dynamic_slice(array, start, shape)
+
+    program = jax.jit(take, static_argnums=(2, 3), out_shardings=place)
+    return lambda array, number, cut, shape: program(array, number, cut, tuple(shape))

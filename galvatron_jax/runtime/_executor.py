@@ -18,6 +18,7 @@ from ._passes import Kept
 from ._pipeline_stage import Gradients, Known, PipelineStage, StageState
 from ._pipeline_state import States
 from ._placing import is_here
+from ._turns import in_turn
 from ._wiring import Wiring
 
 Arrays = list[Any]
@@ -87,7 +88,7 @@ class Executor:
     def _finish(self, states: States, flight: Flight) -> tuple[States, StepMetrics]:
         """From gradient sums to new states."""
         gradients = [
-            stage.gradients(sums, total) if local else None
+            in_turn(stage.gradients(sums, total)) if local else None
             for stage, sums, total, local in zip(self.stages, flight.sums, flight.losses, self.local, strict=True)
         ]
         tied = self._collect_tied(gradients)
@@ -103,7 +104,7 @@ class Executor:
         for k, state in enumerate(states):
             if state is not None:
                 inputs = (gradients[k], tied[k], state, flight.model_states[k], vectors[k % self.slices])
-                new[k], metrics, sent[k] = self._updates[k](*inputs)
+                new[k], metrics, sent[k] = in_turn(self._updates[k](*inputs))
         self._send_tied(sent, new)
         assert metrics is not None, "every process has a device of some stage"
         return new, metrics
@@ -120,7 +121,7 @@ class Executor:
         if state is None:
             return None
         length = self._lengths[number][k // self.slices]
-        return self._exports[k](gradients, tied, state, vectors[k % self.slices], length)
+        return in_turn(self._exports[k](gradients, tied, state, vectors[k % self.slices], length))
 
     def _collect_tied(self, gradients: Sequence[Gradients | None]) -> list[Arrays]:
         """Send gradients of mirrored parameters to their owners; return what arrived, by stage."""
@@ -176,7 +177,8 @@ class Flight:
             for k, s in enumerate(executor.stages)
         ]
         fresh = [
-            s.passes.begin() if here else (None, None) for s, here in zip(executor.stages, executor.local, strict=True)
+            in_turn(s.passes.begin()) if here else (None, None)
+            for s, here in zip(executor.stages, executor.local, strict=True)
         ]
         self.sums: list[Any] = [sums for sums, _ in fresh]
         """Gradient sums by stage."""
@@ -202,6 +204,7 @@ class Flight:
                 self._forward(event.stage, event.microbatch)
             else:
                 self._backward(event.stage, event.microbatch)
+            in_turn((self._made, self._arrived, self.kept, self.sums, self.losses))
             yield event
 
     def _transfer(self, transfer: Transfer) -> None:

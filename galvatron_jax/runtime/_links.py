@@ -12,7 +12,8 @@ change inside the stages' programs, never on the way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._placing import is_here, remote_array
+from ._turns import in_turn
 
 Arrays = list[Any]
 
@@ -56,9 +58,11 @@ def connect(source: Sequence[Any], target: Sequence[Any], across: LinkName = "un
     if not source or source[0].sharding.mesh == target[0].sharding.mesh:
         return _Same()
     processes = {d.process_index for array in (source[0], target[0]) for d in array.sharding.device_set}
-    if len(processes) == 1 or across == "device_put":
+    if len(processes) > 1 and across == "device_put":
         return PutLink(source, target)
-    return UnionLink(source, target)
+    if jax.process_index() not in processes:
+        return _Elsewhere()
+    return PutLink(source, target) if len(processes) == 1 else UnionLink(source, target)
 
 
 class _Same:
@@ -67,6 +71,14 @@ class _Same:
     def send(self, arrays: Arrays | None) -> Arrays | None:
         """Hand the arrays on."""
         return arrays
+
+
+class _Elsewhere:
+    """Neither stage has a device in this process."""
+
+    def send(self, arrays: Arrays | None) -> Arrays | None:
+        """Have no part in it."""
+        return None
 
 
 class PutLink:
@@ -105,15 +117,7 @@ class UnionLink:
             jax.ShapeDtypeStruct((2 * a.shape[0], *a.shape[1:]), a.dtype, sharding=NamedSharding(union, spec))
             for a, spec in zip(self._source, specs, strict=True)
         ]
-        self._move = jax.jit(
-            jax.shard_map(
-                lambda arrays: [jax.lax.ppermute(array, PIPE, [(0, 1)]) for array in arrays],
-                mesh=union,
-                in_specs=(specs,),
-                out_specs=specs,
-                check_vma=False,
-            )
-        )
+        self._move = _mover(union, tuple(specs))
         self._empty = [_zero_shards(array) for array in self._target]
 
     def send(self, arrays: Arrays | None) -> Arrays | None:
@@ -125,11 +129,43 @@ class UnionLink:
                 array = arrays[position][None] if self._scalars[position] else arrays[position]
                 shards += _shards(array)
             joined.append(jax.make_array_from_single_device_arrays(union.shape, union.sharding, shards))
-        moved = self._move(joined)
+        moved = in_turn(self._move(joined))
         if not self._empty[0]:
             return None
         received = [_target_rows(array, target) for array, target in zip(moved, self._target, strict=True)]
         return [array[0] if scalar else array for array, scalar in zip(received, self._scalars, strict=True)]
+
+
+@functools.cache
+def _mover(union: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[[Arrays], Arrays]:
+    """Return the program of a link; links of equal ends share one."""
+    parts = list(specs)
+    return jax.jit(jax.shard_map(_permute, mesh=union, in_specs=(parts,), out_specs=parts, check_vma=False))
+
+
+def _permute(shards: Arrays) -> Arrays:
+    """Send the shards of one device to its partner, in one message.
+
+    Several permutes in one program need not start in the same order on all devices: gloo then takes one for another.
+    """
+    if len(shards) == 1:
+        return [jax.lax.ppermute(shards[0], PIPE, [(0, 1)])]
+    moved = jax.lax.ppermute(jnp.concatenate([_to_bytes(shard) for shard in shards]), PIPE, [(0, 1)])
+    ends = np.cumsum([shard.size * shard.dtype.itemsize for shard in shards])
+    return [_from_bytes(part, shard) for part, shard in zip(jnp.split(moved, ends[:-1]), shards, strict=True)]
+
+
+def _to_bytes(shard: Any) -> Any:
+    if shard.dtype == jnp.bool_:
+        return jnp.ravel(shard.astype(jnp.uint8))
+    return jnp.ravel(jax.lax.bitcast_convert_type(shard, jnp.uint8))
+
+
+def _from_bytes(data: Any, like: Any) -> Any:
+    if like.dtype == jnp.bool_:
+        return data.reshape(like.shape).astype(jnp.bool_)
+    width = like.dtype.itemsize
+    return jax.lax.bitcast_convert_type(data.reshape(*like.shape, *([width] if width > 1 else [])), like.dtype)
 
 
 def _with_rows(array: Any) -> jax.ShapeDtypeStruct:

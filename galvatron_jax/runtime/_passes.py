@@ -67,7 +67,7 @@ class StagePasses:
         (parameters, batch, microbatch, kept, cotangents of leaving values, gradient sums) to (gradient sums, cotangents
         of arriving values); the sums are donated.
         """
-        places = (self._gradient_places, [self.model.arriving_shardings[i] for i in self._flows])
+        places = (self._sum_places, [self.model.arriving_shardings[i] for i in self._flows])
         return jax.jit(self._backward, donate_argnums=5, out_shardings=places)
 
     @functools.cached_property
@@ -90,20 +90,28 @@ class StagePasses:
         """The compiled start of a step: gradient sums and loss sum of zero."""
 
         def zeros() -> tuple[Arrays, Any]:
-            return [jnp.zeros(a.shape, a.dtype) for a in self.gradients], jnp.zeros((), jnp.float32)
+            return [jnp.zeros(a.shape, a.dtype) for a in self.sums], jnp.zeros((), jnp.float32)
 
-        return jax.jit(zeros, out_shardings=(self._gradient_places, self.model.mesh.replicated))
+        return jax.jit(zeros, out_shardings=(self._sum_places, self.model.mesh.replicated))
 
     def kept(self, residuals: Arrays, state: Arrays, arriving: Arrays) -> Kept:
         """Return what the backward pass of a microbatch needs of its forward pass."""
         passing = [*state, *arriving]
         return Kept(residuals, [passing[i] for i in self._traced.residuals.held])
 
-    @property
-    def gradients(self) -> list[jax.ShapeDtypeStruct]:
-        """Shape, dtype and place of each gradient sum."""
-        leaves = jax.tree.leaves(self.model.share.analysis.trace.parameters)
-        return abstract_stored(self.model.slots, leaves, "gradient")
+    @functools.cached_property
+    def sums(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape, dtype and place of each gradient sum: as the model's ``spread`` makes parameters."""
+        spread = jax.eval_shape(self._spread, self._parameters)
+        pairs = zip(spread, self._sum_places, strict=True)
+        return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in pairs]
+
+    def reduce(self, sums: Arrays) -> Arrays:
+        """Return gradients where the optimizer is, from sums over microbatches: the reduction of the step."""
+        if self._is_spread:
+            return self.model.reduce(sums)
+        placed: Arrays = jax.lax.with_sharding_constraint(sums, self.model.parameter_shardings("optimizer"))
+        return placed
 
     # ------------------------------------------------------------------------------------------------ traced functions
     def _forward(
@@ -120,13 +128,12 @@ class StagePasses:
         leaves = self._traced.residuals.restore([*parameters, *batch, microbatch], kept.held, kept.residuals)
         pullback = jax.tree.unflatten(self._traced.pullback, leaves)
         gradients, arriving = pullback((cotangents, jnp.ones((), jnp.float32)))
-        gradients = jax.lax.with_sharding_constraint(gradients, self._gradient_places)
+        gradients = jax.lax.with_sharding_constraint(gradients, self._sum_places)
         return [total + gradient for total, gradient in zip(sums, gradients, strict=True)], arriving
 
     @functools.cached_property
     def _traced(self) -> _Traced:
-        share, leaves = self.model.share, jax.tree.leaves(self.model.share.analysis.trace.parameters)
-        parameters = abstract_stored(self.model.slots, leaves, "parameter")
+        share, parameters = self.model.share, self._parameters
         batch, state, arriving = self._batch, self._state, [_abstract(c.variable) for c in share.arriving]
         trees: list[Any] = []
 
@@ -145,17 +152,19 @@ class StagePasses:
 
     def _differentiate(self, parameters: Arrays, batch: Arrays, state: Arrays, arriving: Arrays) -> tuple[Arrays, Any]:
         """Return leaving values, state and loss, and the pullback of (leaving values with a gradient, loss)."""
+        model = self.model.copied if self._is_spread else self.model
 
         def run(parameters: Arrays, differentiated: Arrays) -> tuple[tuple[Arrays, Any], Arrays]:
             values = list(arriving)
             for i, value in zip(self._flows, differentiated, strict=True):
                 values[i] = value
-            results = self.model.run(parameters, state, batch, values)
+            results = model.run(parameters, state, batch, values)
             loss = _float32(results.loss)
             moving = [v for v, c in zip(results.leaving, self.model.share.leaving, strict=True) if c.gradient]
             return (moving, loss), [*results.leaving, *results.state, loss]
 
-        _, pullback, results = jax.vjp(run, parameters, [arriving[i] for i in self._flows], has_aux=True)
+        spread = self._spread(parameters)
+        _, pullback, results = jax.vjp(run, spread, [arriving[i] for i in self._flows], has_aux=True)
         return results, pullback
 
     # --------------------------------------------------------------------------------------------------------- shapes
@@ -165,8 +174,21 @@ class StagePasses:
         return [i for i, crossing in enumerate(self.model.share.arriving) if crossing.gradient]
 
     @property
-    def _gradient_places(self) -> list[NamedSharding]:
-        return self.model.parameter_shardings("gradient")
+    def _is_spread(self) -> bool:
+        """Every data-parallel rank sums up gradients of its own, unless there is nothing to sum up."""
+        return self.microbatches > 1
+
+    def _spread(self, parameters: Arrays) -> Arrays:
+        return self.model.spread(parameters) if self._is_spread else parameters
+
+    @property
+    def _sum_places(self) -> list[NamedSharding]:
+        return self.model.sum_shardings if self._is_spread else self.model.parameter_shardings("gradient")
+
+    @property
+    def _parameters(self) -> list[jax.ShapeDtypeStruct]:
+        leaves = jax.tree.leaves(self.model.share.analysis.trace.parameters)
+        return abstract_stored(self.model.slots, leaves, "parameter")
 
     @property
     def _batch(self) -> list[jax.ShapeDtypeStruct]:

@@ -47,9 +47,9 @@ class StageState(NamedTuple):
 class UserLeaves(NamedTuple):
     """What a stage holds, in the user's shapes, by position in the user's trees."""
 
-    parameters: dict[int, Any]
-    optimizer: dict[int, Any]
-    model_state: dict[int, Any]
+    parameters: Any
+    optimizer: Any
+    model_state: Any
     step: Any
 
 
@@ -142,16 +142,27 @@ class PipelineStage:
     # ------------------------------------------------------------------------------------------------ once per step
     @functools.cached_property
     def gradients(self) -> Callable[[Arrays, Any], Gradients]:
-        """The compiled end of the passes: (gradient sums, loss sum) to means; the sums are donated."""
-        count = self.passes.microbatches
-        places = list(self.model.parameter_shardings("gradient"))
+        """The compiled end of the passes: (gradient sums, loss sum) to means, where the optimizer is.
+
+        Sums that stay as they are are donated.
+        """
+        count, sums = self.passes.microbatches, self.passes.sums
+        places = list(self.model.parameter_shardings("optimizer"))
         for slot, place in self.mirrored_places.items():
             places[slot] = place
+        reduced = jax.eval_shape(self.passes.reduce, sums)
+        in_place = [s.sharding == p and s.shape == r.shape for s, p, r in zip(sums, places, reduced, strict=True)]
 
-        def means(sums: Arrays, loss: Any) -> Gradients:
-            return Gradients([total / count for total in sums], loss / count)
+        def means(donated: list[Any], others: list[Any], loss: Any) -> Gradients:
+            sums = [b if a is None else a for a, b in zip(donated, others, strict=True)]
+            return Gradients([total / count for total in self.passes.reduce(sums)], loss / count)
 
-        return jax.jit(means, donate_argnums=0, out_shardings=Gradients(places, self.model.mesh.replicated))
+        program = jax.jit(means, donate_argnums=0, out_shardings=Gradients(places, self.model.mesh.replicated))
+        return lambda sums, loss: program(
+            [a if here else None for a, here in zip(sums, in_place, strict=True)],
+            [None if here else a for a, here in zip(sums, in_place, strict=True)],
+            loss,
+        )
 
     def exports(self, known: Known) -> Callable[..., Any]:
         """Return the compiled function of an exchange: (gradients, tied gradients, state, vectors before) to vector."""
@@ -189,9 +200,4 @@ class PipelineStage:
         sums = list(gradients.slots)
         for tie, gradient in zip(self.owned_ties, tied, strict=True):
             sums[tie.owner_slot] = sums[tie.owner_slot] + gradient
-        places = self.model.parameter_shardings("optimizer")
-        sums = [
-            s if k in self.mirrored_places else jax.lax.with_sharding_constraint(s, places[k])
-            for k, s in enumerate(sums)
-        ]
         return Inputs(sums, parameters, optimizer, gradients.loss if self.optimizer.makes_loss else None)

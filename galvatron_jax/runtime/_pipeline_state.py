@@ -21,6 +21,7 @@ from ._links import LinkName, connect
 from ._pipeline_stage import PipelineStage, StageState
 from ._placing import adopt_leaf, everywhere, is_here, key_data, remote_array, restrict
 from ._step import TrainState
+from ._turns import in_turn
 from ._wiring import Wiring, weight_place
 
 States = list[StageState | None]
@@ -92,7 +93,11 @@ class PipelineStates:
 
     def to_user(self, states: States) -> TrainState:
         """Return the neutral state; copies."""
-        found = [stage.to_user(state) for stage, state in zip(self._stages, states, strict=True) if state is not None]
+        found = [
+            in_turn(stage.to_user(state))
+            for stage, state in zip(self._stages, states, strict=True)
+            if state is not None
+        ]
         parameters: Leaves = {}
         optimizer: Leaves = {}
         model_state: Leaves = {}
@@ -128,11 +133,11 @@ class PipelineStates:
 
     def to_cluster(self, leaf: jax.Array) -> jax.Array:
         """Return a copy of a neutral leaf that is spread over the devices of all stages."""
-        return self._wiring.exchange.spread(leaf)
+        return self._wiring.exchange.spread(leaf, self._link)
 
     # ---------------------------------------------------------------------------------------------------------- pieces
     def _on_each(self, build: Callable[[PipelineStage], StageState]) -> States:
-        return [build(stage) if is_here(stage.model.mesh.replicated) else None for stage in self._stages]
+        return [in_turn(build(stage)) if is_here(stage.model.mesh.replicated) else None for stage in self._stages]
 
     def _mirror(self, parameters: Sequence[Any]) -> dict[tuple[int, int], Any]:
         """Send tied parameters from their owners to the stages that mirror them, by (stage, leaf)."""
@@ -140,7 +145,7 @@ class PipelineStates:
         found = {}
         for tie in self._ties:
             place, leaf = weight_place(models, tie), parameters[tie.leaf]
-            sent = [jax.jit(lambda x: x, out_shardings=place)(leaf)] if is_here(place) else None
+            sent = in_turn([jax.jit(lambda x: x, out_shardings=place)(leaf)]) if is_here(place) else None
             arrived = self._wiring.tied_weights[tie].send(sent)
             if arrived is not None:
                 found[tie.mirror, tie.leaf] = arrived[0]
@@ -180,6 +185,10 @@ def _with_places(tree: Any, places: Mapping[int, NamedSharding]) -> Any:
 
 
 def _with_handles(abstract: Any, found: Leaves) -> Any:
-    """Return the tree of ``found`` leaves, with handles for those of other processes."""
+    """Return the tree of ``found`` leaves, with handles for those of other processes.
+
+    A process that has only a later holder of a leaf has no more than a handle of it: all see the first one's array.
+    """
     leaves, structure = jax.tree.flatten(abstract)
-    return jax.tree.unflatten(structure, [found[i] if i in found else remote_array(x) for i, x in enumerate(leaves)])
+    here = [is_here(leaf.sharding) for leaf in leaves]
+    return jax.tree.unflatten(structure, [found[i] if here[i] else remote_array(x) for i, x in enumerate(leaves)])

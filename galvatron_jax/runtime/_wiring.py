@@ -57,7 +57,7 @@ def find_ties(models: Sequence[StageModel]) -> list[Tie]:
 
 def gradient_place(models: Sequence[StageModel], tie: Tie) -> NamedSharding:
     """Return where the mirror puts its gradient for the owner: the owner's layout, on the mirror's devices."""
-    return models[tie.mirror].mesh.sharding(_slot(models, tie.owner, tie.owner_slot).sharding("gradient").spec)
+    return models[tie.mirror].mesh.sharding(_slot(models, tie.owner, tie.owner_slot).sharding("optimizer").spec)
 
 
 def weight_place(models: Sequence[StageModel], tie: Tie) -> NamedSharding:
@@ -76,7 +76,7 @@ def wire(models: Sequence[StageModel], slices: Sequence[StageMesh], ties: Sequen
         boundaries[k + 1, "backward"] = connect([arriving[i] for i in flows], [leaving[i] for i in flows], link)
     gradients, weights = {}, {}
     for tie in ties:
-        wanted = _slot(models, tie.owner, tie.owner_slot).sharding("gradient")
+        wanted = _slot(models, tie.owner, tie.owner_slot).sharding("optimizer")
         gradients[tie] = connect([_leaf(models, tie, gradient_place(models, tie))], [_leaf(models, tie, wanted)], link)
         stored = _slot(models, tie.mirror, tie.mirror_slot).sharding("parameter")
         weights[tie] = connect([_leaf(models, tie, weight_place(models, tie))], [_leaf(models, tie, stored)], link)
