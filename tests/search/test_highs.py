@@ -1,8 +1,8 @@
 """The search against HiGHS: medium problems of one stage as integer programs, written down from the same prices.
 
 Variables: x[i, r] = 1 where layer i takes option r, and y[i, a, b] = 1 where the layout changes from a to b before
-layer i; minimise the step time, hold the memory at each threshold of the largest live layer. Nothing of the search's own is
-used but the prices of the options (which ``test_exact`` holds against ``estimate_plan``).
+layer i; minimise the step time, hold the memory at each threshold of the largest live layer. Nothing of the search's
+own is used but the prices of the options (which ``test_exact`` holds against ``estimate_plan``).
 """
 
 from __future__ import annotations
