@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..profile import CollectiveTable, HardwareProfile
 from ..units import format_seconds
+from ._compute_parts import MOST_SLOWDOWN
 from ._links import bus_factor, expected_seconds, link_of
 from ._text import format_si
 
@@ -64,7 +65,7 @@ def _best(profile: HardwareProfile) -> float:
 
 
 def _factor(profile: HardwareProfile) -> str:
-    return f"{profile.overlap_slowdown:.2f}"
+    return f"{profile.overlap_slowdown:.2f}" if profile.overlap_slowdown < MOST_SLOWDOWN else "stands still"
 
 
 def _flops(flops_per_s: float) -> str:

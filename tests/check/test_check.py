@@ -18,6 +18,7 @@ from galvatron_jax.check._report import breakdown_lines
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.cost import estimate_plan
 from galvatron_jax.hardware import load_hardware
+from galvatron_jax.measured import Provenance
 from galvatron_jax.models import load_model_profile
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, save_plan
 from galvatron_jax.record import RunRecord
@@ -81,6 +82,14 @@ def test_report_names_every_run_and_where_its_figures_come_from(plan: Plan) -> N
         for run in stage.runs:
             assert run.kind in text
             assert str(run.strategy) in text
+
+
+def test_report_says_that_its_figures_are_stale() -> None:
+    old = Provenance(device="cpu", device_kind="cpu", jax_version="0.4.1", date="2024-01-01")
+    stale = msgspec.structs.replace(HARDWARE, provenance=old, measured=True)
+    total = estimate_plan(ONE, MODEL, stale)
+    text = plain(breakdown_lines(ONE, MODEL, stale, stage_prices(ONE, MODEL, stale), total))
+    assert "stale: measured 2024-01-01 with jax 0.4.1" in text
 
 
 def test_command_prints_one_json_object_and_writes_the_trace(
