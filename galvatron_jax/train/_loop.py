@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -115,6 +116,8 @@ class Loop:
         self._loss: float | None = None
         self._held_out_loss: float | None = None
         self._last_end_s = time.perf_counter()
+        self._known: set[str] = set()
+        self._patient = True
         self._stragglers = StragglerWatch(self.ranks, socket.gethostname(), self.config.policy.straggler_share)
 
     def run(self) -> Outcome:
@@ -128,7 +131,7 @@ class Loop:
         status: Status = "done"
         first = self.step + 1
         while self.step < self.config.run.steps:
-            self._watch(f"step {self.step + 1}", compiles=self.step + 1 == first)
+            self._watch(f"step {self.step + 1}", "step")
             start = time.perf_counter()
             batch = self._next_batch()
             if batch is None:  # on all processes at the same step: they read the same batches
@@ -178,6 +181,7 @@ class Loop:
         loss, norm = float(flight.result.loss), float(flight.result.gradient_norm)
         finite = bool(flight.result.finite)
         self._agreed = self._agreement.read(flight.flags)
+        self._patient = False
         now = time.perf_counter()
         step_s, self._last_end_s = now - self._last_end_s, now
         self.goodput.add("setup" if flight.compiled else "steps", max(0.0, step_s - flight.data_wait_s))
@@ -220,7 +224,7 @@ class Loop:
         """Go back to the last checkpoint, and on with the batch behind the bad one."""
         self._in_flight.clear()
         self._report_save(self.store.finish())
-        self._watch("rollback", compiles=True)
+        self._watch("rollback", "rollback")
         abstract = self.sharded.abstract_state()
         if self.store.steps:
             free_state(self.sharded)
@@ -264,7 +268,7 @@ class Loop:
     def _evaluate(self) -> None:
         if not self.held_out:
             return
-        self._watch("evaluation", compiles=True)
+        self._watch("evaluation", "evaluation")
         with self.goodput.measure("evaluation"):
             losses = [float(self.sharded.eval(batch)) for batch in self.held_out]
         self._held_out_loss = sum(losses) / len(losses)
@@ -274,7 +278,7 @@ class Loop:
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
     def _save(self) -> None:
-        self._watch("checkpoint", compiles=True)
+        self._watch("checkpoint", "checkpoint")
         with self.goodput.measure("checkpoint"):
             progress = Progress(
                 step=self.step,
@@ -351,11 +355,18 @@ class Loop:
             status=status, step=self.step, loss=self._loss, held_out_loss=self._held_out_loss, goodput=summary
         )
 
-    def _watch(self, what: str, *, compiles: bool = False) -> None:
-        policy = self.config.policy
-        usual_s = self.reporter.median_step_time_s
-        limit_s = max(policy.stall_s, USUAL_STEPS * usual_s) if usual_s == usual_s else policy.stall_s
-        self.watchdog.beat(what, policy.compile_s if compiles else limit_s)
+    def _watch(self, what: str, kind: Literal["step", "evaluation", "checkpoint", "rollback"]) -> None:
+        """Tell the watchdog what begins.
+
+        What is done for the first time is compiled, here and on the other processes, which may need longer: the step
+        that waits for them afterwards has the same patience.
+        """
+        if kind not in self._known:
+            self._known.add(kind)
+            self._patient = True
+        policy, usual_s = self.config.policy, self.reporter.median_step_time_s
+        limit_s = policy.stall_s if math.isnan(usual_s) else max(policy.stall_s, USUAL_STEPS * usual_s)
+        self.watchdog.beat(what, policy.compile_s if self._patient or kind != "step" else limit_s)
 
 
 def free_state(sharded: ShardedModel) -> None:

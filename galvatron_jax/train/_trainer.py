@@ -10,7 +10,6 @@ data in one global order, checkpoints that any other plan can go on from, metric
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
@@ -20,27 +19,28 @@ from typing import Any
 
 import jax
 import msgspec
-import numpy as np
 import optax
 from flax import nnx
 
 from .._auto_shard import auto_shard
 from .._sharded_model import ShardedModel
 from ..analysis import Loss
-from ..errors import ConfigError, DeviceMemoryError, DistributedError
+from ..errors import ConfigError, DeviceMemoryError
 from ..models import next_token_loss
 from ..plan import Plan, save_plan
 from ..profile import HardwareProfile
 from ._build import build_optimizer, build_subject
 from ._compiles import CompileWatch, watch_compiles
 from ._config import RunConfig
+from ._dataset import DataSet, open_dataset
+from ._failures import translate
 from ._faults import FaultPlan, planned_faults
 from ._goodput import Goodput
 from ._identity import check_same_run, fingerprint, read_config, write_config
 from ._judge import Judge
 from ._loop import Loop, Outcome, free_state
-from ._memory import is_out_of_memory, learn_margin, memory_error
-from ._plans import HARDWARE_NAME, PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
+from ._memory import is_out_of_memory, learn_margin
+from ._plans import PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
 from ._preflight import check_preflight, gather_facts
 from ._profile_window import ProfileWindow
 from ._ranks import Ranks, current_ranks
@@ -49,23 +49,12 @@ from ._report import Reporter
 from ._signals import StopRequest, watch_signals
 from ._trackers import open_trackers, read_metrics
 from ._watchdog import Watchdog
-from .checkpoint import Checkpoint, CheckpointStore
-from .data import Loader, SkippedRecords, Windows, open_windows, split_windows
-from .data._loader import Batch
-from .data._records import CheckedWindows
+from .checkpoint import CheckpointStore, Progress
+from .data import SampleWindows, Windows
 
 _log = logging.getLogger(__name__)
 
 DEFAULT_GLOBAL_BATCH = 32
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class DataSet:
-    """The data of a run."""
-
-    train: Windows
-    held_out: Windows | None
-    skipped: SkippedRecords
 
 
 class AutoTrainer:
@@ -79,7 +68,7 @@ class AutoTrainer:
         loss: Loss | None = None,
         optimizer: optax.GradientTransformation | None = None,
         learning_rate: optax.Schedule | None = None,
-        data: Windows | None = None,
+        data: Windows | Sequence[Any] | None = None,
         vocab: int | None = None,
         plan: Plan | None = None,
         hardware: HardwareProfile | None = None,
@@ -95,7 +84,8 @@ class AutoTrainer:
             loss: ``loss(model, batch)``, the mean over the batch; next-token cross-entropy by default.
             optimizer: Any optax transformation; by default what ``[optimizer]`` says.
             learning_rate: By step, to show it; known when the optimizer comes from ``[optimizer]``.
-            data: Windows of tokens by index; by default what ``[data]`` says.
+            data: Samples by index, the same on every process: arrays of ``seq + 1`` tokens (a batch is then ``inputs``
+                and ``targets``), or any pytrees of arrays; by default what ``[data]`` says.
             vocab: Token ids at or above it are refused.
             plan: How to spread the model; by default ``[run] plan``, the plan in the run's folder, or a search.
             hardware: What the search prices with; the bundled profile of the cluster's GPU by default.
@@ -109,7 +99,8 @@ class AutoTrainer:
         self._loss = loss or next_token_loss
         self._optimizer = optimizer or own
         self._learning_rate = learning_rate or (schedule if optimizer is None else None)
-        self._data, self._vocab, self._plan, self._hardware = data, vocab, plan, hardware
+        self._data: Windows | None = None if data is None else _as_windows(data)
+        self._vocab, self._plan, self._hardware = vocab, plan, hardware
         self._override, self._allow_mismatch, self._retry_oom = override_config, allow_mismatch, retry_oom
         self.sharded: ShardedModel | None = None
         """The model in training, once ``run`` has begun."""
@@ -153,56 +144,72 @@ class AutoTrainer:
 
     # --------------------------------------------------------------------------------------------------------- attempts
     def _attempt(self, ranks: Ranks, faults: FaultPlan, request: StopRequest, compiles: CompileWatch) -> Outcome:
-        goodput, say = Goodput(), _speaker(ranks)
         with contextlib.ExitStack() as stack:
             watchdog = Watchdog(ranks, dump=self.folder / f"stacks-rank{ranks.index}.txt")
             stack.callback(watchdog.close)
             watchdog.beat("start", self._config.policy.compile_s)
-            with goodput.measure("setup"):
-                config, choice = self._settle_config(ranks, say)
-                data = self._open_data(config)
-                store = CheckpointStore(self.folder / "checkpoints", config.checkpoint, ranks, hook=faults.at)
-                stack.callback(store.close)
-                sharded = self.sharded = self._shard(config, choice, ranks)
-                loader = self._loader(data.train, config, sharded, faults)
-                stack.callback(loader.close)
-                judge = Judge(config.policy, loader.describe)
-                checkpoint = self._restore(store, sharded, loader, judge, config, data, goodput, say)
-            step = checkpoint.step if checkpoint else 0
-            reporter = self._reporter(config, sharded.plan, ranks)
-            stack.callback(reporter.close)
-            profile = ProfileWindow(config.run.profile, self.folder / f"profile-rank{ranks.index}")
-            stack.callback(profile.close)
-            loop = Loop(
-                config=config,
-                ranks=ranks,
-                sharded=sharded,
-                loader=loader,
-                held_out=self._held_out(data.held_out, config, sharded),
-                store=store,
-                reporter=reporter,
-                judge=judge,
-                watchdog=watchdog,
-                request=request,
-                faults=faults,
-                goodput=goodput,
-                compiles=compiles,
-                profile=profile,
-                learning_rate=self._learning_rate,
-                config_fingerprint=fingerprint(config),
-                data_fingerprint=data.train.fingerprint,
-                step=step,
-            )
+            loop = self._prepare(stack, ranks, faults, request, compiles, watchdog)
             try:
                 outcome = loop.run()
             except jax.errors.JaxRuntimeError as error:
-                raise self._translated(error, sharded.plan, f"step {loop.step + 1}") from error
+                raise self._translated(error, loop.sharded.plan, f"step {loop.step + 1}") from error
             if ranks.index == 0:
-                write_record(sharded.plan, reporter.step_times_s, self.folder)
+                write_record(loop.sharded.plan, loop.reporter.step_times_s, self.folder)
             return outcome
 
-    def _settle_config(self, ranks: Ranks, say: Callable[[str], None]) -> tuple[RunConfig, Choice]:
+    def _prepare(
+        self,
+        stack: contextlib.ExitStack,
+        ranks: Ranks,
+        faults: FaultPlan,
+        request: StopRequest,
+        compiles: CompileWatch,
+        watchdog: Watchdog,
+    ) -> Loop:
+        """Open everything, and put the state in place: fresh, or from the newest checkpoint."""
+        goodput = Goodput()
+        with goodput.measure("setup"):
+            config, choice = self._settle_config(ranks)
+            data = open_dataset(config, self._data, self._vocab)
+            store = CheckpointStore(self.folder / "checkpoints", config.checkpoint, ranks, hook=faults.at)
+            stack.callback(store.close)
+            sharded = self.sharded = self._shard(config, choice, data, ranks)
+            loader = data.loader(config, sharded, faults)
+            stack.callback(loader.close)
+            judge = Judge(config.policy, loader.describe)
+            restored = self._restore(store, sharded, data)
+            goodput.lost_s = _lost_seconds(self.folder, restored.step if restored else 0)
+            if restored is not None:
+                loader.seek(restored.next_batch)
+                judge.recall(restored.losses, restored.skipped_steps)
+        reporter = self._reporter(config, sharded.plan, ranks)
+        stack.callback(reporter.close)
+        profile = ProfileWindow(config.run.profile, self.folder / f"profile-rank{ranks.index}")
+        stack.callback(profile.close)
+        return Loop(
+            config=config,
+            ranks=ranks,
+            sharded=sharded,
+            loader=loader,
+            held_out=data.held_out_batches(config.run.eval_batches, sharded),
+            store=store,
+            reporter=reporter,
+            judge=judge,
+            watchdog=watchdog,
+            request=request,
+            faults=faults,
+            goodput=goodput,
+            compiles=compiles,
+            profile=profile,
+            learning_rate=self._learning_rate,
+            config_fingerprint=fingerprint(config),
+            data_fingerprint=data.train.fingerprint,
+            step=restored.step if restored else 0,
+        )
+
+    def _settle_config(self, ranks: Ranks) -> tuple[RunConfig, Choice]:
         """Fill in what the plan or the run so far decides, check that it is the same run, and keep it."""
+        say = _speaker(ranks)
         config, before = self._config, read_config(self.folder)
         batch = config.data.global_batch or (before.data.global_batch if before else None)
         choice = choose_plan(
@@ -212,7 +219,7 @@ class AutoTrainer:
             say(note)
         batch = batch or (choice.plan.global_batch if choice.plan else DEFAULT_GLOBAL_BATCH)
         seq = config.data.seq or (choice.plan.model.seq if choice.plan else None)
-        if seq is None:
+        if seq is None and self._data is None:
             raise ConfigError("seq is not given", expected="tokens per sample", where="[data]", action="set it")
         config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, seq=seq, global_batch=batch))
         if before is not None:
@@ -225,21 +232,7 @@ class AutoTrainer:
             write_config(config, self.folder)
         return config, choice
 
-    def _open_data(self, config: RunConfig) -> DataSet:
-        assert config.data.seq is not None, "filled in before"
-        windows, skipped = (
-            (self._data, SkippedRecords(len(self._data), config.data.max_skipped_share))
-            if self._data is not None
-            else open_windows(config.data, seq=config.data.seq, vocab=self._vocab)
-        )
-        train, held_out = split_windows(windows, config.data.held_out)
-        return DataSet(
-            CheckedWindows(train, self._vocab, skipped),
-            CheckedWindows(held_out, self._vocab, skipped) if held_out is not None else None,
-            skipped,
-        )
-
-    def _shard(self, config: RunConfig, choice: Choice, ranks: Ranks) -> ShardedModel:
+    def _shard(self, config: RunConfig, choice: Choice, data: DataSet, ranks: Ranks) -> ShardedModel:
         sharded = auto_shard(
             self._model,
             loss=self._loss,
@@ -251,47 +244,18 @@ class AutoTrainer:
         if config.run.compile_cache:
             jax.config.update("jax_compilation_cache_dir", config.run.compile_cache)
         try:
-            plan = sharded.prepare(_abstract_batch(config))
+            assert config.data.global_batch is not None, "filled in before"
+            plan = sharded.prepare(data.abstract_batch(config.data.global_batch))
         except jax.errors.JaxRuntimeError as error:
             raise self._translated(error, sharded.plan, "building the state") from error
         if ranks.index == 0:
             save_plan(plan, self.folder / PLAN_NAME)
         return sharded
 
-    def _loader(self, windows: Windows, config: RunConfig, sharded: ShardedModel, faults: FaultPlan) -> Loader:
-        return Loader(
-            windows,
-            global_batch=sharded.plan.global_batch,
-            rows=sharded.process_rows,
-            seed=config.data.seed,
-            epochs=config.data.epochs,
-            on_read=lambda number: faults.at("in_loader", number),
-        )
-
-    def _held_out(self, windows: Windows | None, config: RunConfig, sharded: ShardedModel) -> Sequence[Batch]:
-        size = sharded.plan.global_batch
-        if windows is None or len(windows) < size:
-            return ()
-        loader = Loader(windows, global_batch=size, rows=sharded.process_rows, shuffle=False, epochs=1)
-        batches = [next(loader) for _ in range(min(config.run.eval_batches, len(windows) // size))]
-        loader.close()
-        return batches
-
-    def _restore(
-        self,
-        store: CheckpointStore,
-        sharded: ShardedModel,
-        loader: Loader,
-        judge: Judge,
-        config: RunConfig,
-        data: DataSet,
-        goodput: Goodput,
-        say: Callable[[str], None],
-    ) -> Checkpoint | None:
-        goodput.lost_s = _lost_seconds(self.folder, 0)
+    def _restore(self, store: CheckpointStore, sharded: ShardedModel, data: DataSet) -> Progress | None:
         if not store.steps:
             return None
-        abstract = sharded.abstract_state()
+        say, abstract = _speaker(current_ranks()), sharded.abstract_state()
         free_state(sharded)
         restored = store.restore(abstract)
         if restored is None:
@@ -305,13 +269,10 @@ class AutoTrainer:
                 action="bring the old data back, or start in another folder",
             )
         sharded.restore_state(restored.state)
-        loader.seek(progress.next_batch)
-        judge.recall(progress.losses, progress.skipped_steps)
-        goodput.lost_s = _lost_seconds(self.folder, progress.step)
         say(f"resumed from step {progress.step}")
         if change := describe_change(restored.checkpoint.plan, sharded.plan):
             say(change)
-        return restored.checkpoint
+        return progress
 
     def _reporter(self, config: RunConfig, plan: Plan, ranks: Ranks) -> Reporter:
         speaks = ranks.index == 0
@@ -324,35 +285,16 @@ class AutoTrainer:
             out=sys.stdout if speaks else None,
         )
 
-    def _translated(self, error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> BaseException:
+    def _translated(self, error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> Exception:
         """Return what an error of XLA means to the user; out of memory teaches the next search."""
-        if not is_out_of_memory(error):
-            return _lost_peer(error, when) if jax.process_count() > 1 else error
-        hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
-        self._hardware = learn_margin(hardware, self.folder)
-        return memory_error(
-            error,
-            plan,
-            when,
-            "start again without [run] plan: the search then leaves more memory free (what was learnt is in"
-            f" {self.folder / HARDWARE_NAME}); or add --retry-oom 1",
-        )
+        if is_out_of_memory(error):
+            hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
+            self._hardware = learn_margin(hardware, self.folder)
+        return translate(error, plan, when)
 
 
-def _lost_peer(error: jax.errors.JaxRuntimeError, when: str) -> DistributedError:
-    return DistributedError(
-        f"a collective failed: {str(error).splitlines()[0][:300]}",
-        expected="all processes alive",
-        where=when,
-        action="see what the others say; the supervisor (python -m galvatron_jax.train.launch) starts all again",
-    )
-
-
-def _abstract_batch(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    assert config.data.global_batch is not None, "filled in before"
-    assert config.data.seq is not None, "filled in before"
-    spec = jax.ShapeDtypeStruct((config.data.global_batch, config.data.seq), np.int32)
-    return {"inputs": spec, "targets": spec}
+def _as_windows(data: Windows | Sequence[Any]) -> Windows:
+    return SampleWindows(data) if isinstance(data, Sequence) else data
 
 
 def _without_plan(config: RunConfig) -> RunConfig:

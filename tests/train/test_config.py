@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +169,12 @@ def test_virtual_devices_keep_the_users_flags() -> None:
     assert "device_count=4" in found["XLA_FLAGS"]
     assert found["JAX_PLATFORMS"] == "cpu"
     assert device_environment(None, {}) == {}
+
+
+def test_help_and_bad_input_are_told_without_loading_jax(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom galvatron_jax.train._cli import main\n"
+        f"assert main([{str(tmp_path / 'none.toml')!r}]) == 2\nassert 'jax' not in sys.modules, 'jax is loaded'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -73,3 +75,23 @@ def test_finished_run_started_again_trains_nothing(tmp_path: Path) -> None:
     assert (first.step, second.step) == (2, 2)
     assert second.loss is None
     assert second.held_out_loss == first.held_out_loss
+
+
+def test_samples_of_any_kind_train_the_users_own_model(tmp_path: Path) -> None:
+    """A regression: samples are pairs of arrays, the loss is the user's, nothing is a token."""
+    rng = np.random.default_rng(0)
+    inputs, weights = rng.normal(size=(256, 16)).astype(np.float32), rng.normal(size=(16, 4)).astype(np.float32)
+    samples = [(x, x @ weights) for x in inputs]
+
+    def loss(model: Any, batch: Any) -> Any:
+        return jnp.mean(jnp.square(model(batch[0]) - batch[1]))
+
+    config = RunConfig(
+        data=DataConfig(global_batch=32, held_out=0.2), run=RunSettings(folder=str(tmp_path), steps=60, eval_batches=1)
+    )
+    trainer = galvatron_jax.AutoTrainer(
+        lambda: nnx.Linear(16, 4, rngs=nnx.Rngs(0)), config=config, loss=loss, optimizer=optax.adam(3e-2), data=samples
+    )
+    outcome = trainer.run()
+    assert outcome.held_out_loss is not None
+    assert outcome.held_out_loss < 0.5 * float(np.mean(np.square(inputs @ weights)))

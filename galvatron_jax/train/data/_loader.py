@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain as _grain
+import jax
 import numpy as np
-from numpy.typing import NDArray
 
 from ...errors import DataError
-from ._windows import Windows
+from ._windows import Windows, is_tokens
 
-Batch = dict[str, NDArray[np.int32]]
-"""``inputs`` and ``targets``, ``(rows, seq)`` each."""
+Batch = Any
+"""``inputs`` and ``targets``, ``(rows, seq)`` each, of tokens; of other samples their pytree, with rows in front."""
 
 grain: Any = _grain  # its public names are not marked as such, which strict type checking wants
 
@@ -48,8 +48,15 @@ class BatchSource:
     def __getitem__(self, number: int, /) -> Batch:
         self.on_read(number)
         start = number * self.global_batch
-        tokens = np.stack([self.windows[self.order[start + row]] for row in self.rows])
+        return collate([self.windows[self.order[start + row]] for row in self.rows])
+
+
+def collate(samples: Sequence[Any]) -> Batch:
+    """Return samples as one batch: tokens as what is read and what is to be predicted, others leaf by leaf."""
+    if all(is_tokens(sample) for sample in samples):
+        tokens = np.stack(samples)
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *samples)
 
 
 class Loader:
@@ -117,8 +124,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch: Batch = next(self._iterator)
-        return batch
+        return next(self._iterator)
 
     def close(self) -> None:
         """Stop reading ahead."""

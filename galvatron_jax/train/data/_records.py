@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from typing import Any
 
 from ...errors import DataError
-from ._windows import CorruptRecordError, Tokens, Windows
+from ._windows import CorruptRecordError, Tokens, Windows, is_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -59,16 +60,17 @@ class CheckedWindows:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int, /) -> Tokens:
+    def __getitem__(self, index: int, /) -> Any:
         for probe in range(len(self)):
             at = (index + probe) % len(self)
             try:
-                tokens = self.source[at]
+                sample = self.source[at]
             except CorruptRecordError as error:
                 self.skipped.add(self.source.name(at), str(error))
                 continue
-            self._check_range(tokens, at)
-            return tokens
+            if is_tokens(sample):
+                self._check_range(sample, at)
+            return sample
         raise DataError("no record is whole", where="data", action="repair the files")
 
     def name(self, index: int) -> str:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +31,7 @@ class CorruptRecordError(Exception):
 
 
 class Windows(Protocol):
-    """Samples by index."""
+    """Samples by index: windows of tokens, or anything else (``SampleWindows``)."""
 
     @property
     def fingerprint(self) -> str:
@@ -39,8 +40,8 @@ class Windows(Protocol):
     def __len__(self) -> int:
         """Number of windows."""
 
-    def __getitem__(self, index: int, /) -> Tokens:
-        """Tokens of window ``index``, ``(T,)``.
+    def __getitem__(self, index: int, /) -> Any:
+        """Tokens of window ``index``, ``(T,)``; or a pytree of arrays.
 
         Raises:
             CorruptRecordError: it cannot be read.
@@ -87,7 +88,7 @@ class JoinedWindows:
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, index: int, /) -> Tokens:
+    def __getitem__(self, index: int, /) -> Any:
         shard, local = self._locate(index)
         return self.shards[shard][local]
 
@@ -128,6 +129,29 @@ class SyntheticWindows:
 
 
 @dataclasses.dataclass(frozen=True)
+class SampleWindows:
+    """Samples of any kind, from a sequence in Python: pytrees of arrays, all of one shape."""
+
+    samples: Sequence[Any]
+    """Held in memory, or read by index; equal on every process."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self.samples[index]
+
+    def name(self, index: int) -> str:
+        return f"sample {index}"
+
+    @property
+    def fingerprint(self) -> str:
+        picks = np.linspace(0, len(self) - 1, min(PROBES, len(self)), dtype=np.int64)
+        leaves = [np.asarray(leaf) for pick in picks for leaf in jax.tree.leaves(self.samples[int(pick)])]
+        return digest([str(len(self)), *(f"{leaf.dtype}{leaf.shape}{leaf.tobytes().hex()}" for leaf in leaves)])
+
+
+@dataclasses.dataclass(frozen=True)
 class StridedWindows:
     """Every ``stride``-th window of another source, or all but those: held out, or trained on."""
 
@@ -139,7 +163,7 @@ class StridedWindows:
         picked = -(-len(self.source) // self.stride)
         return picked if self.held_out else len(self.source) - picked
 
-    def __getitem__(self, index: int, /) -> Tokens:
+    def __getitem__(self, index: int, /) -> Any:
         return self.source[self._source_index(index)]
 
     def name(self, index: int) -> str:
@@ -180,6 +204,11 @@ def split_windows(windows: Windows, held_out: float) -> tuple[Windows, Windows |
         return windows, None
     stride = round(1 / held_out)
     return StridedWindows(windows, stride, held_out=False), StridedWindows(windows, stride, held_out=True)
+
+
+def is_tokens(sample: Any) -> bool:
+    """Tell whether a sample is a window of tokens: whole numbers in one dimension."""
+    return isinstance(sample, np.ndarray) and sample.ndim == 1 and sample.dtype.kind in "iu"
 
 
 def digest(parts: Iterable[str]) -> str:
