@@ -36,6 +36,7 @@ from ..profile import HardwareProfile, Phase
 from ..strategy import Remat
 from ._kind import DotSum, KindSums, LocalSum
 from ._memo import remembered
+from ._portable import portable
 from ._values import Shares
 
 CAUSAL_SHARE = 0.5
@@ -53,11 +54,11 @@ class Curve(NamedTuple):
         x, y = self.log_flops, self.log_efficiency
         log = math.log(flops)
         if log <= x[0]:
-            return math.exp(y[0])
+            return portable(math.exp(y[0]))
         if log >= x[-1]:
-            return math.exp(y[-1])
+            return portable(math.exp(y[-1]))
         i = bisect_right(x, log)
-        return math.exp(y[i - 1] + (y[i] - y[i - 1]) * (log - x[i - 1]) / (x[i] - x[i - 1]))
+        return portable(math.exp(y[i - 1] + (y[i] - y[i - 1]) * (log - x[i - 1]) / (x[i] - x[i - 1])))
 
 
 @remembered

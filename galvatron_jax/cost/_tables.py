@@ -12,6 +12,7 @@ from bisect import bisect_right
 
 from ..profile import CollectiveKind, CollectiveTable, HardwareProfile
 from ._memo import remembered
+from ._portable import portable
 
 
 @remembered
@@ -46,4 +47,4 @@ def interpolate(table: CollectiveTable, size_bytes: float) -> float:
         return max(line, y[0] * size_bytes / x[0])
     i = bisect_right(x, size_bytes)
     slope = math.log(y[i] / y[i - 1]) / math.log(x[i] / x[i - 1])
-    return float(y[i - 1] * (size_bytes / x[i - 1]) ** slope)
+    return portable(float(y[i - 1] * (size_bytes / x[i - 1]) ** slope))
