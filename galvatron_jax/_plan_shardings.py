@@ -61,7 +61,7 @@ def plan_shardings(
                 places.setdefault(leaf, slot.leaf_sharding(role))
     trace = analysis.trace
     by_row = jax.tree.unflatten(jax.tree.structure(trace.parameters), [places[i] for i in range(len(places))])
-    structure = jax.tree.structure(trace.model.parameters)
+    structure: Any = jax.tree.structure(trace.model.parameters)
     parts = structure.flatten_up_to(by_row)
     whole = [
         _of_stack(part, trace.rows.stacks[i].axis) if i in trace.rows.stacks else part for i, part in enumerate(parts)

@@ -1,7 +1,7 @@
 """Options of XLA's GPU compiler that belong to every program of the runtime.
 
 Without them a loop over layers waits for the first gather of each turn, and for all its gradient reductions at the end
-of it. Read in the schedule of a program for 16 H100 (zero 3, full remat, 16 layers; docs/design/0022): 9.9 of 28.6 ms
+of it. Read in the schedule of a program for 16 H100 (zero 3, full remat, 16 layers; docs/design/0023): 9.9 of 28.6 ms
 of collectives exposed without, 2.3 with them; 3.4 and 3.9 GiB at the peak.
 
 ``pipelined_*``         a collective of one turn runs beside the products of the turn before or after it

@@ -1,0 +1,187 @@
+"""Overhead of the runtime's one-stage step against a hand-written one, and compile time against depth.
+
+python benchmarks/one_stage/run.py time      step time on 8 virtual CPU devices: paired, in turn, medians
+python benchmarks/one_stage/run.py memory    the same two programs compiled for 8 H100 without a GPU: bytes at the peak
+python benchmarks/one_stage/run.py depth     trace, lowering and compile time and program length for 8 to 128 layers
+python benchmarks/one_stage/run.py dispatch  host time of one call of the compiled step, result not awaited
+
+Each prints one JSON object a line. Timings need a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import optax  # noqa: E402
+from flax import nnx  # noqa: E402
+from hand_written import make_step  # noqa: E402
+from jax.sharding import AxisType, Mesh  # noqa: E402
+
+from galvatron_jax.analysis import analyse_model  # noqa: E402
+from galvatron_jax.cluster import Cluster  # noqa: E402
+from galvatron_jax.models import Llama, LlamaConfig, next_token_loss  # noqa: E402
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, check_plan, model_reference  # noqa: E402
+from galvatron_jax.runtime import StagePrograms, compiler_options, plan_model, stage_mesh  # noqa: E402
+
+DEVICES = 8
+PLANS = {"fsdp": Strategy(dp=8, zero=3, remat="full"), "dp": Strategy(dp=8, remat="full")}
+SMALL = LlamaConfig(seq=128, vocab=512, embed=256, mlp=512, layers=8, heads=8, kv_heads=8, dtype="float32")
+LARGE = LlamaConfig(seq=4096, vocab=32000, embed=4096, mlp=11008, layers=8, heads=32, kv_heads=32, dtype="bfloat16")
+
+
+def ours(
+    config: LlamaConfig, strategies: list[Strategy], devices: Any, batch: int
+) -> tuple[StagePrograms, dict[str, float]]:
+    """Return the programs of a plan, and the seconds that the analysis took."""
+    tokens = jax.ShapeDtypeStruct((batch, config.seq), jnp.int32)
+    start = time.perf_counter()
+    analysis = analyse_model(
+        lambda: Llama(config, rngs=nnx.Rngs(0)), next_token_loss, {"inputs": tokens, "targets": tokens}
+    )
+    analysed = time.perf_counter() - start
+    kinds = [segment.kind for segment in analysis.cut.segments]
+    plan = Plan(
+        model=model_reference(analysis.profile),
+        cluster=Cluster(nodes=1, gpus_per_node=DEVICES, gpu="h100"),
+        global_batch=batch,
+        stages=(
+            Stage(
+                devices=DEVICES,
+                runs=tuple(PlanRun(kind=k, count=1, strategy=s) for k, s in zip(kinds, strategies, strict=True)),
+            ),
+        ),
+    )
+    check_plan(plan, analysis.profile)
+    stage = plan_model(analysis, plan, stage_mesh(plan.cluster, devices))
+    return StagePrograms(stage, optax.adamw(1e-3), 1), {"analyse_s": analysed}
+
+
+def hand(config: LlamaConfig, devices: Any, *, sharded: bool) -> Any:
+    """Return the hand-written step, its abstract state and where its batch goes."""
+    mesh = Mesh(np.array(devices, dtype=object), ("d",), axis_types=(AxisType.Auto,))
+    return make_step(config, mesh, optax.adamw(1e-3), sharded=sharded)
+
+
+def measure_time(pairs: int = 20) -> None:
+    """Time both steps in turn, and take the ratio pair by pair."""
+    rng, batch = np.random.default_rng(0), 16
+    tokens = rng.integers(0, SMALL.vocab, (batch, SMALL.seq + 1), dtype=np.int32)
+    for name, strategy in PLANS.items():
+        programs, _ = ours(SMALL, [strategy] * (SMALL.layers + 2), jax.devices()[:DEVICES], batch)
+        build = programs.model.share.analysis.trace.model.build
+        mine = programs.create(build)
+        fed = programs.place_batch([tokens[:, :-1], tokens[:, 1:]])
+        step, abstract, place = hand(SMALL, jax.devices()[:DEVICES], sharded=strategy.zero == 3)
+        theirs = jax.device_put(
+            jax.tree.map(lambda x: np.asarray(0.02 * rng.normal(size=x.shape), x.dtype), abstract),
+            jax.tree.map(lambda x: x.sharding, abstract),
+        )
+        given = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, place)
+        ratios, times = [], ([], [])
+        for pair in range(pairs + 3):
+            seconds = [0.0, 0.0]
+            for which in (0, 1) if pair % 2 else (1, 0):
+                start = time.perf_counter()
+                if which:
+                    theirs, loss = step(theirs, given)
+                    jax.block_until_ready((theirs, loss))
+                else:
+                    mine, metrics = programs.train(mine, fed)
+                    jax.block_until_ready((mine, metrics))
+                seconds[which] = time.perf_counter() - start
+            if pair >= 3:
+                ratios.append(seconds[0] / seconds[1])
+                times[0].append(seconds[0])
+                times[1].append(seconds[1])
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        report(
+            what="time", plan=name, pairs=pairs, ours_s=statistics.median(times[0]),
+            hand_written_s=statistics.median(times[1]), ratio_median=middle, ratio_quartiles=[low, high],
+        )  # fmt: skip
+
+
+def measure_memory() -> None:
+    """Compile both for 8 H100 and compare their peaks."""
+    from jax.experimental import topologies
+
+    from galvatron_jax.verify._target import load_target
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology=f"1x1x{DEVICES}", target_config=load_target("h100")
+    )
+    for name, strategy in PLANS.items():
+        batch = 16
+        programs, _ = ours(LARGE, [strategy] * (LARGE.layers + 2), topology.devices, batch)
+        shape = jax.ShapeDtypeStruct((batch, LARGE.seq), jnp.int32)
+        train: Any = programs.train
+        mine = train.lower(programs.abstract_state, [shape, shape]).compile()
+        step, abstract, _ = hand(LARGE, topology.devices, sharded=strategy.zero == 3)
+        theirs = step.lower(abstract, {"inputs": shape, "targets": shape}).compile(
+            compiler_options=compiler_options(programs.model.mesh)
+        )
+        found = [compiled.memory_analysis() for compiled in (mine, theirs)]
+        report(
+            what="memory", plan=name, ours_peak_bytes=found[0].peak_memory_in_bytes,
+            hand_written_peak_bytes=found[1].peak_memory_in_bytes,
+            ours_temp_bytes=found[0].temp_size_in_bytes, hand_written_temp_bytes=found[1].temp_size_in_bytes,
+        )  # fmt: skip
+
+
+def measure_depth() -> None:
+    """Trace, lower and compile programs of several depths and of three strategies."""
+    base = LlamaConfig(seq=64, vocab=256, embed=64, mlp=128, layers=8, heads=8, kv_heads=8, dtype="float32")
+    fsdp, tensor = PLANS["fsdp"], Strategy(tp=2, dp=4, remat="full")
+    mixed = [fsdp] * 14 + [tensor] * 12 + [Strategy(dp=8, zero=2)] * 8
+    for name, layers, strategies in (
+        *((f"uniform {n}", n, [fsdp] * (n + 2)) for n in (8, 32, 128)),
+        ("mixed 32", 32, mixed),
+    ):
+        programs, seconds = ours(
+            LlamaConfig(**{**vars(base), "layers": layers}), strategies, jax.devices()[:DEVICES], 16
+        )
+        shape = jax.ShapeDtypeStruct((16, base.seq), jnp.int32)
+        start = time.perf_counter()
+        train: Any = programs.train
+        lowered = train.lower(programs.abstract_state, [shape, shape])
+        seconds["trace_and_lower_s"] = time.perf_counter() - start
+        start = time.perf_counter()
+        compiled = lowered.compile()
+        seconds["compile_s"] = time.perf_counter() - start
+        report(what="depth", plan=name, layers=layers, **seconds, hlo_bytes=len(compiled.as_text() or ""))
+
+
+def measure_dispatch(calls: int = 50) -> None:
+    """Time calls that return before the step is done."""
+    programs, _ = ours(SMALL, [PLANS["fsdp"]] * (SMALL.layers + 2), jax.devices()[:DEVICES], 16)
+    state = programs.create(programs.model.share.analysis.trace.model.build)
+    tokens = np.zeros((16, SMALL.seq), np.int32)
+    fed, host = programs.place_batch([tokens, tokens]), []
+    for _ in range(calls):
+        start = time.perf_counter()
+        state, metrics = programs.train(state, fed)
+        host.append(time.perf_counter() - start)
+        jax.block_until_ready((state, metrics))
+    arrays = len(jax.tree.leaves(state)) + len(fed)
+    report(what="dispatch", arrays=arrays, median_s=statistics.median(host[5:]))
+
+
+def report(**found: Any) -> None:
+    """Print one result as a line of JSON."""
+    print(json.dumps({**found, "jax": jax.__version__, "load": os.getloadavg()[0]}), flush=True)
+
+
+if __name__ == "__main__":
+    {"time": measure_time, "memory": measure_memory, "depth": measure_depth, "dispatch": measure_dispatch}[
+        sys.argv[1]
+    ]()
