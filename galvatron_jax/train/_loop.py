@@ -110,7 +110,8 @@ class Loop:
         self._in_flight: collections.deque[InFlight] = collections.deque()
         self._agreed: frozenset[Flag] = frozenset()
         self._save_failed = False
-        self._failures, self._retry_at = 0, 0
+        self._failures = 0
+        self._retry_at: int | None = None
         self._rate_at: Any = jax.jit(self.learning_rate) if self.learning_rate else None
         self._saved_step = self.step if self.store.steps else -1
         self._loss: float | None = None
@@ -211,11 +212,12 @@ class Loop:
         self._judge(flight, loss, norm, finite=finite)
 
     def _judge(self, flight: InFlight, loss: float, norm: float, *, finite: bool) -> None:
+        resume = ""
         if not finite:
             self.reporter.flush()
             self._report_save(self.store.finish())  # so that the message names the newest checkpoint
-        saved = self.store.steps
-        resume = f"the last checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
+            saved = self.store.steps
+            resume = f"the last checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         verdict = self.judge.judge(flight.step, flight.batch, loss, norm, finite=finite, resume=resume)
         if verdict is Verdict.ROLL_BACK:
             self._roll_back(flight)
@@ -258,8 +260,10 @@ class Loop:
         if settings.eval_every and self.step % settings.eval_every == 0 and not last:
             self._drain()
             self._evaluate()
-        due = self.step % self.config.checkpoint.every == 0 and self._failures == 0
-        if (due or (self._failures and self.step >= self._retry_at)) and not last:
+        # Only what all processes know decides: that a save succeeded, each of them notices at another step.
+        due = self.step % self.config.checkpoint.every == 0
+        again = self._retry_at is not None and self.step >= self._retry_at
+        if (due or again) and not last:
             self._drain()
             if self._in_flight or self._saved_step == self.step:  # a rollback happened meanwhile
                 return
@@ -288,7 +292,7 @@ class Loop:
                 losses=self.judge.losses,
                 skipped_steps=self.judge.left_out,
             )
-            self._saved_step = self.step
+            self._saved_step, self._retry_at = self.step, None
             event = self.store.save(self.sharded.neutral_state(), progress, self.sharded.plan)
         self._report_save(event)
         self._go_on()

@@ -72,9 +72,13 @@ class ServiceRanks:
     def exchange(self, topic: str, text: str = "", *, timeout_s: float = EXCHANGE_TIMEOUT_S) -> tuple[str | None, ...]:
         """See ``Ranks``."""
         self._rounds[topic] += 1
-        folder = f"galvatron/{topic}/{self._rounds[topic]}"
-        self._client.key_value_set(f"{folder}/{self.index}", text)
-        return tuple(self._read(f"{folder}/{rank}", timeout_s) for rank in range(self.count))
+        number = self._rounds[topic]
+        self._client.key_value_set(f"galvatron/{topic}/{number}/{self.index}", text)
+        said = tuple(self._read(f"galvatron/{topic}/{number}/{rank}", timeout_s) for rank in range(self.count))
+        if self.index == 0 and number > 1:  # all have said this round's word, so all have read the last round's
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                self._client.key_value_delete(f"galvatron/{topic}/{number - 1}/")
+        return said
 
     def report(self, text: str) -> None:
         """See ``Ranks``."""
