@@ -135,7 +135,8 @@ class _Local:
         if equation.name.startswith("custom_"):
             results: list[Any] = self._custom(equation.eqn, whole)(*arrays)
             return results
-        if next(inner_programs(equation.eqn), None) is not None:
+        is_scatter = equation.name.startswith("scatter")  # its program combines two scalars
+        if next(inner_programs(equation.eqn), None) is not None and not is_scatter:
             raise _refused(equation, "it holds a program that has not been entered")
         try:
             return run_equation(equation.eqn, arrays)

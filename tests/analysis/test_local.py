@@ -19,7 +19,7 @@ from galvatron_jax.plan import Strategy
 from galvatron_jax.runtime import LayerLayout, stage_mesh
 from tests.zoo import ZOO
 
-MODELS = ("llama", "gru", "moe one-hot", "hybrid")
+MODELS = ("llama", "gru", "moe one-hot", "moe ragged", "hybrid")
 """Custom derivatives, scans over time, dispatch by one-hot products, convolutions with statistics over the batch."""
 
 
