@@ -77,7 +77,7 @@ def load_inputs(options: Options, cluster: Cluster) -> Inputs:
             f"reserved_bytes {hardware.reserved_bytes} leave nothing of memory_bytes {hardware.memory_bytes}",
             where=hardware_source,
         )
-    cluster = msgspec.structs.replace(cluster, gpu=hardware.name)
+    cluster = msgspec.structs.replace(cluster, gpu=hardware.device)
     return Inputs(
         model=model,
         model_source=where,
