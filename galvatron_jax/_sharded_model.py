@@ -7,6 +7,7 @@ plan searched (unless one was given), the state built straight into its sharding
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import jax
@@ -224,6 +225,14 @@ class ShardedModel:
         """Build the programs of a plan; none of them is compiled yet."""
         analysis = self._analyse(batch, plan.microbatch_size, plan.model.name)
         check_plan(plan, analysis.profile)
+        if plan.microbatches > 1 and (statistics := analysis.statistics):
+            warnings.warn(
+                f"{', '.join(statistics[:3])}{' ...' if len(statistics) > 3 else ''}: statistics of each of"
+                f" {plan.microbatches} microbatches of {plan.microbatch_size} samples, not of the batch of"
+                f" {plan.global_batch}; a plan of one microbatch keeps them (--microbatches 1)",
+                UserWarning,
+                stacklevel=4,
+            )
         if len(plan.stages) > 1:
             return PipelinePrograms(
                 analysis,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from flax import nnx
 
 from galvatron_jax import auto_shard
-from galvatron_jax.analysis import analyse_model, split_parameters
+from galvatron_jax.analysis import abstract_batch, analyse_model, split_parameters
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.errors import DeviceMismatchError, GalvatronError, PlanError
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, save_plan
+from tests.zoo import ZOO, Case
 
 BATCH, SEQ = 16, 32
 CONFIG = LlamaConfig(vocab=64, embed=32, mlp=64, layers=2, heads=4, kv_heads=2, seq=SEQ, dtype="float32")
@@ -200,3 +202,62 @@ def test_plan_and_state_before_the_first_batch_say_what_to_do() -> None:
     for attribute in ("plan", "state", "model"):
         with pytest.raises(GalvatronError, match=r"prepare\(batch\)"):
             getattr(trained, attribute)
+
+
+# ------------------------------------------------------------------------------------------------------------ any model
+def one_stage(case: Case, strategy: Strategy, microbatches: int = 1) -> Plan:
+    """Return the plan of one strategy for all layers of a model of the zoo."""
+    samples = jax.tree.leaves(case.spec)[0].shape[0]
+    analysis = analyse_model(case.build, case.loss, abstract_batch(case.batch, samples // microbatches))
+    runs = tuple(PlanRun(kind=s.kind, count=1, strategy=strategy) for s in analysis.cut.segments)
+    return Plan(
+        model=model_reference(analysis.profile),
+        cluster=Cluster(nodes=1, gpus_per_node=8, gpu="cpu"),
+        global_batch=samples,
+        microbatches=microbatches,
+        stages=(Stage(devices=8, runs=runs),),
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2 linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2 scanned", "auxiliary results"))],
+)
+def test_one_step_of_any_model_is_the_step_of_one_device(name: str) -> None:
+    case = ZOO[name]()
+    trained = auto_shard(
+        case.build, loss=case.loss, optimizer=optax.sgd(0.1), plan=one_stage(case, Strategy(dp=8, zero=3))
+    )
+    loss = trained.step(case.batch).loss
+    model = analyse_model(case.build, case.loss, case.spec).trace.model
+    parameters, state = jax.jit(model.build)()
+
+    def objective(parameters: Any) -> tuple[jax.Array, Any]:
+        value, after = model.run(parameters, state, case.batch)
+        return value[0] if isinstance(value, tuple) else value, after
+
+    (expected, after), gradients = jax.jit(jax.value_and_grad(objective, has_aux=True))(parameters)
+    np.testing.assert_allclose(loss, expected, rtol=case.tolerance)
+    updated = model.restore(jax.tree.map(lambda p, g: p - 0.1 * g, parameters, gradients), after)
+    assert type(trained.model) is type(updated)
+    pairs = [nnx.state(m) if isinstance(m, nnx.Module) else m for m in (trained.model, updated)]
+    for got, wanted in zip(*map(jax.tree.leaves, pairs), strict=True):
+        if not jax.numpy.issubdtype(got.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(got, wanted, rtol=case.tolerance, atol=case.tolerance)
+
+
+def test_statistics_of_several_microbatches_are_warned_of() -> None:
+    case = ZOO["convnet linen"]()
+    batch = jax.tree.map(lambda x: np.concatenate([x, x]), case.batch)
+    doubled = dataclasses.replace(case, batch=batch)
+    trained = auto_shard(case.build, loss=case.loss, plan=one_stage(doubled, Strategy(dp=8), microbatches=2))
+    with pytest.warns(UserWarning, match=r"batch_stats.*statistics of each of 2 microbatches of 8 samples"):
+        trained.prepare(batch)
+
+
+def test_explain_says_plan_and_analysis_after_the_first_batch() -> None:
+    case = ZOO["pure"]()
+    trained = auto_shard(case.build, loss=case.loss, plan=one_stage(case, Strategy(dp=8)))
+    assert "repeated equations" not in trained.explain()
+    trained.prepare(case.batch)
+    assert "layers   found as repeated equations" in trained.explain()

@@ -19,7 +19,7 @@ from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
 from ._flow import trained_values
 from ._kind import AnalysedKind, analyse_kind
 from ._marks import ATTENTION
-from ._pure_model import Loss
+from ._pure_model import Loss, dotted
 from ._read import read_model
 from ._rows import Rows
 from ._trace import Trace, trace_loss
@@ -36,6 +36,16 @@ class Analysis:
     cut: Cut
     kinds: dict[str, AnalysedKind]
     profile: ModelProfile
+
+    @property
+    def statistics(self) -> list[str]:
+        """Paths of the state that a step makes from activations (BatchNorm): it depends on the microbatch's size."""
+        source, known = self.cut.source, jax.tree_util.tree_flatten_with_path(self.trace.state)[0]
+        before = source.inputs[source.weights : source.weights + len(known)]
+        after = source.outputs[1 : 1 + len(known)]
+        floating = (jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) for _, leaf in known)
+        changes = zip(known, before, after, floating, strict=True)
+        return [dotted(path) for (path, _), old, new, is_float in changes if is_float and new is not old]
 
 
 def analyse_model(

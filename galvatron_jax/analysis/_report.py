@@ -49,6 +49,8 @@ def _header(analysis: Analysis) -> list[Line]:
     random = sorted(set(analysis.trace.rows.roles) & {"key", "count"})
     if random:
         lines.append(labelled("random", "draws from keys in its state; each microbatch draws its own numbers"))
+    if analysis.statistics:
+        lines.append(labelled("state", "statistics made from activations: of each microbatch, not of the whole batch"))
     return lines
 
 
