@@ -1,8 +1,8 @@
 """Every error a user can meet: what was got, what was expected, where it came from, what to do next.
 
 Each class also subclasses the built-in exception that a user would try to catch, and carries the exit code with which a
-command ends (0 done, 2 bad input, 3 infeasible, 4 environment, 5 numerical stop; 75 is a training run that was preempted
-and saved, 130 an interrupted command).
+command ends (0 done, 2 bad input, 3 infeasible, 4 environment, 5 numerical stop; 75 is a training run that was
+preempted and saved, 130 an interrupted command).
 """
 
 from __future__ import annotations

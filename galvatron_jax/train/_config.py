@@ -57,7 +57,10 @@ Share = Annotated[float, msgspec.Meta(ge=0, lt=0.5)]
 
 
 class DataConfig(Value, frozen=True, kw_only=True):
-    """What to train on."""
+    """What to train on.
+
+    Documents are packed into windows of ``seq`` tokens; attention crosses their boundaries.
+    """
 
     kind: DataKind = "text"
     paths: tuple[str, ...] = ()
@@ -109,7 +112,8 @@ class RunSettings(Value, frozen=True, kw_only=True):
     """How long, where, on which devices."""
 
     folder: str = "runs/default"
-    """Everything that the run writes; a run that finds checkpoints there goes on from them."""
+    """Everything that the run writes, on a file system that all processes share; a run that finds checkpoints there
+    goes on from them."""
     steps: Count = 1000
     plan: str | None = None
     """A plan file; searched for by default."""
@@ -164,7 +168,7 @@ class PolicyConfig(Value, frozen=True, kw_only=True):
     max_skipped: Count = 10
     """Updates left out (or rollbacks) after which the run stops all the same."""
     spike_sigma: Positive = 6.0
-    """A loss so many standard deviations above the mean of the window is reported with its batch."""
+    """A loss so many standard deviations above the mean of the window is reported with its batch; its update stays."""
     spike_window: Annotated[int, msgspec.Meta(ge=8, le=10_000)] = 100
     stall_s: Positive = 120.0
     """Least time without progress after which all stacks are written; 20 times the usual step when that is longer.
@@ -172,7 +176,8 @@ class PolicyConfig(Value, frozen=True, kw_only=True):
     compile_s: Positive = 3600.0
     """The same for compilation, the first step and checkpoints."""
     straggler_share: Positive = 0.2
-    """A process that holds up the others by this share of the step is named."""
+    """A process that holds up the others by this share of the step, waiting for data or working on the host, is named;
+    a slow GPU is where NVML can be read (``pynvml``)."""
 
 
 class RunConfig(Value, frozen=True, kw_only=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ class StepRecord:
     learning_rate: float
     finite: bool
     step_time_s: float
-    """From the end of the step before to the end of this one, as the devices finish them."""
+    """From the end of the step before to the end of this one, as the host sees them: where a call returns only when the
+    step is done (CPU), a step's time may stand with its neighbour. Means and medians are right."""
     data_wait_s: float
     compiled: bool
     """The step was compiled in this time: it says nothing about speed."""
@@ -67,6 +69,11 @@ class Line:
             "left": str(datetime.timedelta(seconds=round(self.left_s))) if self.left_s is not None else "-",
         }
 
+
+LEAST_STEPS = 5
+"""Of which the mean is shown."""
+NARROW = 110
+"""Columns of a terminal below which the live table leaves some figures out."""
 
 HEADINGS = ("step", "loss", "grad", "lr", "tokens/s", "per device", "MFU", "memory", "s/step", "left")
 WIDTHS = (11, 8, 8, 9, 9, 10, 6, 19, 21, 9)
@@ -155,7 +162,8 @@ class Reporter:
         return predicted.mfu * predicted.step_time_s / step_time_s if predicted and predicted.mfu else None
 
     def _line(self, record: StepRecord, peak_bytes: int | None) -> Line:
-        times = [r.step_time_s for r in self._since if not r.compiled]
+        fresh = sum(not r.compiled for r in self._since)
+        times = self.step_times_s[-max(fresh, LEAST_STEPS) :] if fresh else []
         self._since = []
         step_s = statistics.fmean(times) if times else None
         predicted = self._plan.predicted
@@ -215,9 +223,11 @@ class _LiveTable:
     def _draw(self) -> Any:
         from rich.table import Table
 
-        table = Table(*HEADINGS, box=None, pad_edge=False)
+        left_out = ("lr", "per device") if shutil.get_terminal_size().columns < NARROW else ()
+        headings = [heading for heading in HEADINGS if heading not in left_out]
+        table = Table(*headings, box=None, pad_edge=False)
         for row in self._rows:
-            table.add_row(*(row[heading] for heading in HEADINGS))
+            table.add_row(*(row[heading] for heading in headings))
         return table
 
 

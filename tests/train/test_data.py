@@ -262,7 +262,7 @@ def test_token_outside_the_vocabulary_is_never_skipped(vocab: int | None, proble
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "an empty document"), (b"caf\xe9", "not UTF-8 at byte 3"), (b"a\0b", "a zero byte")]
+    ("content", "reason"), [(b"", "an empty document"), (b"na\xefve", "not UTF-8 at byte 2"), (b"a\0b", "a zero byte")]
 )
 def test_damaged_documents_are_counted_and_named(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.txt").write_text("text " * 100)
