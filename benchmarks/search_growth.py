@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 CASES = (
     *(Case("layers", "llama3-8b", n, 1, "4x8", 1.0) for n in (16, 32, 64, 128, 256)),
-    *(Case("devices", "llama2-7b", 32, 1, mesh, 1.0) for mesh in ("1x1", "1x4", "2x8", "8x8", "32x8", "128x8")),
+    *(Case("devices", "llama2-7b", 32, 1, mesh, 1.0) for mesh in ("1x2", "1x4", "2x8", "8x8", "32x8", "128x8")),
     *(Case("memory", "llama3-8b", 32, 1, "2x8", share) for share in (0.3, 0.45, 0.6, 0.8, 1.0)),
     *(Case("kinds", "llama3-8b", 32, n, "4x8", 1.0) for n in (1, 2, 4, 8)),
     *(Case("named", model, 0, 1, mesh, 1.0) for model, mesh in (("llama2-7b", "2x8"), ("llama3-70b", "64x8"))),

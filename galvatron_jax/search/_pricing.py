@@ -91,13 +91,11 @@ class Contents:
         """Count the layers of every interval of the model."""
         ahead = np.zeros((len(order) + 1, kinds), np.int64)
         ahead[1:] = np.cumsum(order[:, None] == np.arange(kinds), axis=0)
-        between = (ahead[None, :] - ahead[:, None]).tolist()
-        known: dict[tuple[int, ...], int] = {}
+        start, stop = np.triu_indices(len(order) + 1, 1)
+        counts, held = np.unique(ahead[stop] - ahead[start], axis=0, return_inverse=True)
         of_interval = np.full((len(order) + 1, len(order) + 1), -1)
-        for start, row in enumerate(between):
-            for stop in range(start + 1, len(order) + 1):
-                of_interval[start, stop] = known.setdefault(tuple(row[stop]), len(known))
-        return cls(np.array(list(known), np.float64), of_interval)
+        of_interval[start, stop] = held.reshape(-1)
+        return cls(counts.astype(np.float64), of_interval)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
