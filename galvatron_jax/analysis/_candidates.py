@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterable
 
 from ._collectives import Predicted, sequence_collectives, sequence_is_free, tensor_collectives
-from ._dimensions import Op, Value
+from ._dimensions import Op
 from ._layer import Layer, phase_of
 
 _MAX_CLASSES = 4
@@ -45,12 +45,7 @@ class ClassSet:
 
 def stream_classes(layer: Layer) -> frozenset[int]:
     """Return the classes of the stream: of the differentiable values that enter and leave the layer."""
-    return frozenset(f for v in _stream_values(layer) for f in layer.dimensions.flat_classes(v))
-
-
-def _stream_values(layer: Layer) -> list[Value]:
-    inputs = [layer.inputs[i] for i in layer.differentiated if i not in layer.parameters]
-    return inputs + [v for v in layer.outputs if len(v.shape) > 1]
+    return frozenset(f for v in layer.stream for f in layer.dimensions.flat_classes(v))
 
 
 def class_sets(layer: Layer, *, factored: bool = False) -> list[ClassSet]:
@@ -84,8 +79,13 @@ def tensor_parallel(layer: Layer, found: ClassSet) -> tuple[Predicted, ...]:
 
 
 def sequence_parallel(layer: Layer, found: ClassSet, seq: int | None) -> tuple[Predicted, ...] | None:
-    """Return the collectives with the stream sharded along ``seq`` between the products, None when not legal."""
+    """Return the collectives with the stream sharded along ``seq`` between the products, None when not legal.
+
+    It is not where another value flows beside the stream (an encoder's output, a relative bias): only one is sharded.
+    """
     stream = stream_classes(layer)
+    if any(layer.classes(v) != stream for v in layer.stream):
+        return None
     if seq is None or seq not in stream or not sequence_is_free(layer, found.classes, stream, seq):
         return None
     return tuple(sequence_collectives(layer, found.classes, stream, seq))
@@ -170,7 +170,7 @@ def _held(layer: Layer, op: Op) -> set[int]:
 # ------------------------------------------------------------------------------------------------------------- figures
 def _measure(layer: Layer, chosen: frozenset[int]) -> ClassSet:
     reduced = [collective.value for collective in tensor_collectives(layer, chosen)]
-    stream = max((math.prod(v.shape) for v in _stream_values(layer)), default=0)
+    stream = max((math.prod(v.shape) for v in layer.stream), default=0)
     return ClassSet(
         classes=chosen,
         flops_share=_share(layer, chosen),

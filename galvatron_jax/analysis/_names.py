@@ -50,7 +50,7 @@ def name_classes(layer: Layer, given: Given) -> Names:
 
 def _name_stream(layer: Layer, names: Names) -> None:
     """Name the unknown dimensions of rank-3 values that carry the batch: 1 is ``seq``, the last one ``embed``."""
-    carriers = [*layer.outputs, *(layer.inputs[i] for i in layer.differentiated if i not in layer.parameters)]
+    carriers = layer.stream[::-1]
     for value in carriers:
         dims = layer.dimensions.classes(value)
         if len(dims) < 3 or not dims[0] or names.get(dims[0][0]) != BATCH:

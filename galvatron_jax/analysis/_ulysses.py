@@ -7,6 +7,7 @@ that crosses the border changes from one to the other, which is an all-to-all. C
 Legal when
 
 * no operation needs ``seq`` whole, and no parameter has it;
+* gradients that are sums over samples are sums over positions too;
 * whatever flows in or out with a gradient has ``seq`` exactly once, as a dimension of its own (no second sequence);
 * all products of attention batch over one class, which stands first in its dimension, is summed over by nothing inside,
   and which every differentiable value that crosses has: those are the heads.
@@ -20,7 +21,7 @@ from typing import get_args
 
 from ..profile import CollectiveKind
 from ..strategy import Remat
-from ._collectives import Predicted, behind_views, reduction
+from ._collectives import Predicted, behind_views, reduction, root_of
 from ._dimensions import Op, Value
 from ._flatten import Equation, Variable
 from ._layer import Layer, phase_of
@@ -62,7 +63,7 @@ def find_attention(layer: Layer, batch: int, seq: int) -> Attention | None:
         seq: The sequence class.
     """
     border = _border(layer, _steps(layer), seq)
-    if not _sequence_is_free(layer, seq):
+    if not (_sequence_is_free(layer, seq) and _gradients_sum_both(layer, batch, seq)):
         return None
     heads = _heads(layer, [layer.ops[i] for i in sorted(border.inside)], frozenset([batch, seq]))
     if heads is None or not _all_cross(layer, border, heads):
@@ -171,6 +172,19 @@ def _sequence_is_free(layer: Layer, seq: int) -> bool:
     streams = [layer.inputs[i] for i in layer.differentiated if i not in layer.parameters]
     streams += [v for v in layer.outputs if len(v.shape) > 1 and "float" in v.dtype]
     return all([dim for dim in dimensions.classes(v) if seq in dim] == [[seq]] for v in streams)
+
+
+def _gradients_sum_both(layer: Layer, batch: int, seq: int) -> bool:
+    """Tell whether every gradient that is a sum over samples is one over positions too.
+
+    Behind a mean over positions all ranks would compute the same, and a reduction over them would be too many.
+    """
+    gradients = {id(layer.gradients[i]) for i in layer.parameters if i in layer.gradients}
+    return all(
+        seq in layer.contracted(op) or root_of(layer, op.outputs[0]) not in gradients
+        for op in layer.ops
+        if batch in layer.contracted(op)
+    )
 
 
 def _heads(layer: Layer, inside: Sequence[Op], others: frozenset[int]) -> frozenset[int] | None:

@@ -101,13 +101,78 @@ def _choose(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) ->
     return jnp.where(x > 0, x, _same_shape(values, x, number))
 
 
+def _first_index(values: list[jax.Array]) -> jax.Array:
+    """A number in [0, 4) that only the run knows."""
+    return values[len(SHAPES)].astype(jnp.int32)[0, 0]
+
+
+def _convolve(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    if x.ndim != 3 or y.ndim != 2 or x.shape[2] != y.shape[0]:
+        return x
+    kernel = jnp.stack([y, -y, y]) / 4
+    return lax.conv_general_dilated(x, kernel, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+
+
+def _scatter(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    indices = values[len(SHAPES)].astype(jnp.int32)
+    return x.at[indices].add(jnp.take(x, indices, axis=0)) if x.shape[0] >= 4 and x.size < 512 else x
+
+
+def _sort(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    return jnp.sort(x, axis=number % x.ndim)
+
+
+def _greatest(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    return lax.top_k(x, 2)[0] if x.shape[-1] >= 2 else x
+
+
+def _window(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    axis = number % x.ndim
+    return lax.dynamic_slice_in_dim(x, _first_index(values), max(1, x.shape[axis] // 2), axis)
+
+
+def _replace(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    axis = number % x.ndim
+    part = lax.slice_in_dim(x, 0, max(1, x.shape[axis] // 2), axis=axis)
+    return lax.dynamic_update_slice_in_dim(x, 2 * part, _first_index(values), axis)
+
+
+def _pad(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    axis = number % x.ndim
+    low, high = ((1, 1), (x.shape[axis], 0))[number % 2]
+    return jnp.pad(x, [(low, high) if i == axis else (0, 0) for i in range(x.ndim)])
+
+
+def _ragged(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    if x.ndim != 2 or y.ndim != 3 or x.shape[1] != y.shape[1] or x.shape[0] % y.shape[0]:
+        return x
+    return lax.ragged_dot(x, y, jnp.full(y.shape[0], x.shape[0] // y.shape[0], jnp.int32)) / 4
+
+
+def _loop(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    return lax.fori_loop(0, _first_index(values), lambda _, carry: jnp.tanh(carry + x), x)
+
+
+def _branch(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    other = _same_shape(values, x, number)
+    return lax.cond(_first_index(values) > 1, lambda a, b: a * b, lambda a, b: jnp.tanh(a) - b, x, other)
+
+
+def _prefix(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
+    return lax.associative_scan(jnp.add, x, axis=number % x.ndim)
+
+
 OPERATIONS: dict[str, Operation] = {
     function.__name__: function
     for function in (
         *(_add, _contract, _batched, _normalise, _reduce, _transpose, _merge, _divide, _half, _join),
-        *(_accumulate, _recur, _look_up, _choose),
+        *(_accumulate, _recur, _look_up, _choose, _convolve, _scatter, _sort, _greatest, _window, _replace),
+        *(_pad, _ragged, _loop, _branch, _prefix),
     )
 }
+
+UNPARTITIONED = frozenset(["_greatest", "_ragged"])
+"""XLA:CPU makes single calls of these and gathers what they read; XLA:GPU does not (docs/collectives.md)."""
 
 programs = st.lists(st.tuples(st.sampled_from(sorted(OPERATIONS)), *[st.integers(0, 11)] * 3), min_size=1, max_size=8)
 
