@@ -150,16 +150,19 @@ def _ragged(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) ->
 
 
 def _loop(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
-    return lax.fori_loop(0, _first_index(values), lambda _, carry: jnp.tanh(carry + x), x)
+    made: jax.Array = lax.fori_loop(0, _first_index(values), lambda _, carry: jnp.tanh(carry + x), x)
+    return made
 
 
 def _branch(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
     other = _same_shape(values, x, number)
-    return lax.cond(_first_index(values) > 1, lambda a, b: a * b, lambda a, b: jnp.tanh(a) - b, x, other)
+    made: jax.Array = lax.cond(_first_index(values) > 1, lambda a, b: a * b, lambda a, b: jnp.tanh(a) - b, x, other)
+    return made
 
 
 def _prefix(values: list[jax.Array], x: jax.Array, y: jax.Array, number: int) -> jax.Array:
-    return lax.associative_scan(jnp.add, x, axis=number % x.ndim)
+    made: jax.Array = lax.associative_scan(jnp.add, x, axis=number % x.ndim)
+    return made
 
 
 OPERATIONS: dict[str, Operation] = {
