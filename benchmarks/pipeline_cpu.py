@@ -1,6 +1,6 @@
 """What a pipelined step costs beside its programs: dispatch per action, transfers, and the bubble of each schedule.
 
-    python -m benchmarks.pipeline_cpu [--out FOLDER]
+    python -m benchmarks.pipeline_cpu [--out FOLDER] [--dispatch-only]
 
 * Dispatch: host time of one program call of a tiny model whose devices are idle, so that nothing is waited for; the
   median over all actions of some steps. Transfers between stages (``jax.device_put``) are counted apart.
@@ -133,7 +133,9 @@ def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description="Cost of pipelined steps on CPU devices.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for the result (default: here)")
-    folder = parser.parse_args().out
+    parser.add_argument("--dispatch-only", action="store_true", help="leave out bubbles, which need an idle machine")
+    options = parser.parse_args()
+    folder = options.out
     load = os.getloadavg()[0]
     result = {
         "date": datetime.date.today().isoformat(),
@@ -141,7 +143,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "load_before": load,
         "dispatch_ms": dispatch_ms(),
-        "schedules": bubbles(),
+        "schedules": [] if options.dispatch_only else bubbles(),
     }
     path = folder / f"pipeline_cpu_{result['date']}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
@@ -160,6 +162,10 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Dispatch of an action: {result['dispatch_ms']['compute']:.2f} ms (goal 0.5 ms);"
         f" of a transfer: {result['dispatch_ms']['transfer']:.2f} ms.",
+    ]
+    if not result["schedules"]:
+        return "\n".join([*lines, "", "Bubbles: not measured in this run (`--dispatch-only`).", ""])
+    lines += [
         "",
         f"| schedule, {STAGES} slices | slot ms | bubble, slots | of the schedule | "
         + " | ".join(f"m = {m}" for m in COUNTS)
