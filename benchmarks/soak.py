@@ -157,7 +157,7 @@ def differences(control: Path, soaked: Path) -> list[str]:
         if found.get(step) != numbers
     ]
     before, after = arrays(control), arrays(soaked)
-    lost += [f"array {name}" for name in before if not np.array_equal(before[name], after.get(name))]
+    lost += [f"array {name}" for name in before if name not in after or not np.array_equal(before[name], after[name])]
     return lost[:10]
 
 
@@ -169,12 +169,20 @@ def trace(folder: Path) -> dict[int, tuple[Any, ...]]:
 
 
 def arrays(folder: Path) -> dict[str, Any]:
-    """Return the arrays of the last checkpoint."""
+    """Return the arrays of the last checkpoint, read onto one device."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
     import orbax.checkpoint
 
     newest = sorted((folder / "checkpoints").glob("step_????????"))[-1]
-    checkpointer: Any = orbax.checkpoint.StandardCheckpointer()  # type: ignore[attr-defined]  # not marked as exported
-    return {name: np.asarray(value) for name, value in checkpointer.restore(newest).items()}
+    leaves = json.loads((newest / "galvatron.json").read_text())["leaves"]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {
+        name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), np.dtype(leaf["dtype"]), sharding=place)
+        for name, leaf in leaves.items()
+    }
+    ocp: Any = orbax.checkpoint  # its public names are not marked as such
+    return {name: np.asarray(value) for name, value in ocp.StandardCheckpointer().restore(newest, wanted).items()}
 
 
 def parse_arguments() -> argparse.Namespace:
