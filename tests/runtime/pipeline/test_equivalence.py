@@ -6,10 +6,24 @@ unmodified model and loss under ``jax.value_and_grad`` and plain optax on one de
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
-from tests.runtime.pipeline.planned import ADAM_RATE, STEPS, Case, Run, reference, run
+from galvatron_jax.runtime import StagePrograms, plan_model, stage_mesh
+from tests.runtime.pipeline.planned import (
+    ADAM_RATE,
+    STEPS,
+    Case,
+    Run,
+    batches,
+    model_of,
+    optimizer_of,
+    plan_of,
+    programs_of,
+    reference,
+    run,
+)
 from tests.runtime.planned import INVOLUNTARY
 
 pytestmark = pytest.mark.multidevice
@@ -56,6 +70,21 @@ def test_pipelined_steps_equal_those_of_one_device(case: Case, capfd: pytest.Cap
     expected, found = reference(case.model, case.optimizer), run(case)
     assert_equal_runs(case, found, expected)
     assert INVOLUNTARY not in capfd.readouterr().err
+
+
+def test_dropout_draws_what_a_plan_of_one_stage_draws() -> None:
+    """Every stage counts random draws for itself, microbatch after microbatch, as the loop of one stage does."""
+    pipelined = programs_of(Case("d d | t2 t2 d", microbatches=2, model="dropout"))
+    analysis, plan = pipelined.analysis, plan_of(Case("d d d d d", microbatches=2, model="dropout"))
+    mesh = stage_mesh(plan.cluster, jax.devices()[: plan.cluster.devices])
+    whole = StagePrograms(plan_model(analysis, plan, mesh), optimizer_of("sgd"), plan.microbatches)
+    state, states = whole.adopt(*analysis.trace.model.build()), pipelined.adopt(*analysis.trace.model.build())
+    for batch in batches(model_of("dropout"))[:2]:
+        leaves = jax.tree.leaves(batch)
+        state, expected = whole.train(state, whole.place_batch(leaves))
+        states, found = pipelined.train(states, pipelined.place_batch(leaves))
+        np.testing.assert_allclose(found.loss, expected.loss, rtol=LOSS_TOLERANCE)
+        np.testing.assert_allclose(found.gradient_norm, expected.gradient_norm, rtol=LOSS_TOLERANCE)
 
 
 def assert_equal_runs(case: Case, found: Run, expected: Run) -> None:
