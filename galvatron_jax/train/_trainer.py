@@ -25,7 +25,7 @@ from flax import nnx
 from .._auto_shard import auto_shard
 from .._sharded_model import ShardedModel
 from ..analysis import Loss
-from ..errors import ConfigError, DeviceMemoryError
+from ..errors import ConfigError, DeviceMemoryError, UnsupportedError
 from ..models import next_token_loss
 from ..plan import Plan, save_plan
 from ..profile import HardwareProfile
@@ -248,6 +248,7 @@ class AutoTrainer:
             plan = sharded.prepare(data.abstract_batch(config.data.global_batch))
         except jax.errors.JaxRuntimeError as error:
             raise self._translated(error, sharded.plan, "building the state") from error
+        _check_savable(sharded)
         if ranks.index == 0:
             save_plan(plan, self.folder / PLAN_NAME)
         return sharded
@@ -291,6 +292,18 @@ class AutoTrainer:
             hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
             self._hardware = learn_margin(hardware, self.folder)
         return translate(error, plan, when)
+
+
+def _check_savable(sharded: ShardedModel) -> None:
+    """Refuse a state of which this process holds no part of some array: Orbax 0.12 neither saves nor restores it."""
+    if all(leaf.sharding.addressable_devices for leaf in jax.tree.leaves(sharded.abstract_state())):
+        return
+    raise UnsupportedError(
+        f"the plan has {len(sharded.plan.stages)} pipeline stages in different processes",
+        expected="stages that every process has a part of, in this version: others cannot be checkpointed",
+        where="plan",
+        action="search with --no-pp, or run the pipeline in one process",
+    )
 
 
 def _as_windows(data: Windows | Sequence[Any]) -> Windows:

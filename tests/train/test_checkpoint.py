@@ -187,6 +187,21 @@ def test_damaged_checkpoint_is_set_aside_and_the_one_before_restored(
     assert list_steps(tmp_path) == [1]
 
 
+def test_whole_checkpoint_that_orbax_cannot_read_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(open_store(tmp_path), 1)
+    store = open_store(tmp_path)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("a fault of the reader")
+
+    monkeypatch.setattr(store._orbax, "restore", fails)
+    with pytest.raises(CheckpointError, match="a fault of the reader"):
+        store.restore(abstract(state_at(0)))
+    assert list_steps(tmp_path) == [1]
+
+
 def test_the_one_file_without_a_checksum_is_not_needed(tmp_path: Path) -> None:
     write(open_store(tmp_path), 1)
     (tmp_path / "step_00000001" / "_CHECKPOINT_METADATA").write_text("{")

@@ -219,6 +219,13 @@ class CheckpointStore:
             problem = ""
         except Exception as error:  # Orbax raises plain exceptions with the whole specification of the array
             problem = f"cannot be read: {type(error).__name__}: {str(error)[:200]}"
+            if self._config.verify:  # its files are whole, so this is no damage: nothing is set aside
+                raise CheckpointError(
+                    problem,
+                    expected="files that have been verified to be readable",
+                    where=str(step_folder(self.folder, step)),
+                    action="this is a fault of galvatron_jax or Orbax: please report it",
+                ) from error
         return stored if self._all_well(step, problem) else None
 
     def _all_well(self, step: int, problem: str) -> bool:
