@@ -77,7 +77,7 @@ class Training(Value, frozen=True, kw_only=True):
 
 
 class StagePrediction(Value, frozen=True, kw_only=True):
-    """Estimated figures of one stage; memory is that of its device slice, which several stages share when interleaved."""
+    """Estimated figures of one stage; memory is that of its device slice, which interleaved stages share."""
 
     forward_s: NonNegative
     """One microbatch, exposed communication included."""

@@ -52,7 +52,7 @@ def gpt2_large_six_layers() -> Subject:
 
 
 def bert_large_eight_layers() -> Subject:
-    """Eight blocks of BERT-large: post-norm, padding masks from the batch, a loss on unmasked positions, 512 of them."""
+    """Eight blocks of BERT-large: post-norm, padding masks from the batch, a loss on unmasked positions, 512 in all."""
     ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     batch = {"ids": ids, "mask": jax.ShapeDtypeStruct((1, 512), jnp.bool_), "labels": ids}
     return (lambda: Bert(vocab=30_592, embed=1024, heads=16, layers=8, seq=512, rngs=nnx.Rngs(0))), _masked, batch

@@ -17,10 +17,7 @@ stage is a contiguous range of the cut program's segments on its own mesh; a one
 
 ``vjp`` of ``run`` with respect to (parameters, arriving values with a gradient) is the backward pass.
 
-Between two layers the stream is put into the layout of the next layer, before rematerialisation begins: what a layer
-keeps of its input is in its own layout, and no layout changes twice. Where an axis leaves the sequence for the batch
-(or the way back) while another one is dropped (or joins), an intermediate layout stands between: one step would make
-XLA rematerialise the whole array ("involuntary full rematerialization").
+Between two layers the stream is put into the layout of the next layer (``_relayout``).
 """
 
 from __future__ import annotations
@@ -32,7 +29,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import msgspec
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -42,8 +38,9 @@ from ._copies import Copies, copyable, unreduced_axes
 from ._layout import LayerLayout, Role
 from ._mesh import Axes, StageMesh
 from ._order import after_gradients, has_gradient, place_gradients
+from ._relayout import arrive
 from ._runs import Run, find_runs
-from ._segment import Reduction, SegmentFunction, build_segment, is_array
+from ._segment import Reduction, SegmentFunction, build_segment
 from ._share import Crossing, StageShare, program_leaves, share_out
 from ._slots import Slot, make_slots
 from ._wire import wire_spec
@@ -378,37 +375,6 @@ def _layouts(
         known.setdefault(key, LayerLayout(analysis.kinds[segment.kind], strategy, mesh))
         layouts.append(known[key])
     return tuple(layouts)
-
-
-def arrive(value: Any, before: LayerLayout | None, layout: LayerLayout, index: int) -> Any:
-    """Put input ``index`` of a layer into the layer's layout; parameters stay where they are stored.
-
-    Args:
-        value: The input.
-        before: Layout of the layer that made it, None when it enters from outside.
-        layout: Layout of the layer that takes it.
-        index: Which of its inputs.
-    """
-    if index in layout.kind.layer.parameters or not is_array(value):
-        return value
-    described = layout.kind.layer.inputs[index]
-    middle = strategy_between(before.strategy, layout.strategy) if before else None
-    if middle is not None and layout.is_stream(described):
-        step = LayerLayout(layout.kind, middle, layout.stage)
-        value = jax.lax.with_sharding_constraint(value, step.value(described))
-    return jax.lax.with_sharding_constraint(value, layout.value(described))
-
-
-def strategy_between(before: Strategy, after: Strategy) -> Strategy | None:
-    """Return the strategy in whose layout the stream stands between two others, None when one step is enough.
-
-    Only a change between ``tp`` with sequence parallelism and a smaller one without needs two: an all-to-all between
-    sequence and batch, and a gather (or, the way back, a slice) of the sequence.
-    """
-    narrow, wide = sorted((before, after), key=lambda strategy: strategy.tp)
-    if wide.sp and not narrow.sp and 1 < narrow.tp < wide.tp:
-        return msgspec.structs.replace(narrow, sp=True)
-    return None
 
 
 def _placed(value: Any, place: NamedSharding) -> Any:

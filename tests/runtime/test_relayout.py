@@ -20,13 +20,13 @@ from galvatron_jax.analysis import AnalysedKind, analyse_model
 from galvatron_jax.cost import relayout_steps
 from galvatron_jax.plan import Strategy
 from galvatron_jax.runtime import LayerLayout, StageMesh, stage_mesh
-from galvatron_jax.runtime._model import arrive
+from galvatron_jax.runtime._relayout import arrive
 from galvatron_jax.verify import collectives
 from tests.runtime.planned import BATCH, CLUSTER, DEVICES, INVOLUNTARY, dp, llama, tp
 
 pytestmark = pytest.mark.multidevice
 
-LAYOUTS = [dp(), tp(2), tp(2, sp=True), tp(4), tp(4, sp=True), tp(8), tp(8, sp=True)]
+LAYOUTS = [dp(), Strategy(ulysses=4, dp=2), tp(2), tp(2, sp=True), tp(4), tp(4, sp=True), tp(8), tp(8, sp=True)]
 PAIRS = [
     pytest.param(before, after, id=f"{before}-{after}") for before in LAYOUTS for after in LAYOUTS if before != after
 ]
@@ -88,7 +88,8 @@ def stream_index() -> int:
 
 def place(layer: LayerLayout) -> NamedSharding:
     """Where the stream stands in a layer, worked out from the definition of a layout."""
-    trailing = mesh().tensor_axes(layer.strategy) if layer.strategy.sp else ()
+    along = layer.strategy.sp or layer.strategy.ulysses > 1
+    trailing = mesh().tensor_axes(layer.strategy) if along else ()
     return mesh().sharding(PartitionSpec(mesh().data_axes(layer.strategy) or None, trailing or None))
 
 
