@@ -14,6 +14,7 @@ import jax
 import optax
 
 from ._sharded_model import ShardedModel
+from ._weights import Weights
 from .analysis import Loss
 from .cluster import Cluster
 from .distributed import processes_per_node
@@ -35,6 +36,7 @@ def auto_shard(
     link: LinkName = "union",
     layers: str | None = None,
     float32_reductions: bool = False,
+    weights: Weights | None = None,
 ) -> ShardedModel:
     """Spread a model over the visible devices and train it.
 
@@ -54,6 +56,9 @@ def auto_shard(
         layers: The repeated blocks as a path, where the analysis should not look for them: ``"model.layers.*"``.
         float32_reductions: Reduce gradients over data-parallel ranks in the dtype of the parameters, not in the dtype
             in which the model computes them: twice the bytes for bf16, and no rounding of sums over many ranks.
+        weights: First values of the parameters by dotted path (``models.huggingface.read_llama``): arrays, or
+            anything with a shape that gives a part for ``[slice, ...]``. Each device is given its own part; what the
+            model would begin with is not made.
 
     Raises:
         DocumentError: the plan's file is not a valid plan.
@@ -84,6 +89,7 @@ def auto_shard(
         link=link,
         layers=layers,
         float32_reductions=float32_reductions,
+        weights=weights,
     )
 
 

@@ -16,6 +16,7 @@ import optax
 
 from ._document import encode
 from ._text import plain
+from ._weights import Weights, unread_parameters
 from .analysis import Analysis, Loss, abstract_batch, analyse_model, analysis_lines, disagreeing_samples, sample_count
 from .cluster import Cluster
 from .errors import GalvatronError, PlanError, UnsupportedError
@@ -57,9 +58,10 @@ class ShardedModel:
         link: LinkName = "union",
         layers: str | None = None,
         float32_reductions: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         """Hold the parts; see ``auto_shard``."""
-        self._source, self._loss, self._optimizer = model, loss, optimizer
+        self._source, self._loss, self._optimizer, self._weights = model, loss, optimizer, weights
         self._link, self._layers, self._float32_reductions = link, layers, float32_reductions
         self._plan, self._cluster, self._hardware = plan, cluster, hardware
         self._analysis: Analysis | None = None
@@ -80,6 +82,7 @@ class ShardedModel:
             AnalysisError: the model or loss cannot be traced.
             InfeasibleError: no plan fits the devices' memory.
             PlanError: the given plan does not belong to this model or batch, or differs between processes.
+            ModelError: the given weights are not those of this model.
             UnsupportedError: the given plan cuts the model or the optimizer where they cannot be cut.
         """
         if self._programs is None:
@@ -288,6 +291,9 @@ class ShardedModel:
     def _build_state(self, programs: Programs) -> Any:
         assert self._analysis is not None, "programs follow an analysis"
         trace = self._analysis.trace
+        if self._weights is not None:
+            parameters = unread_parameters(trace.rows, self._weights)
+            return programs.adopt(parameters, trace.rows.fresh_state())
         if trace.model.is_built:
             return programs.adopt(*trace.rows.apart(*trace.model.build()))
         return programs.create(lambda: trace.rows.apart(*trace.model.build()))

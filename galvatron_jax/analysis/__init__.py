@@ -30,4 +30,6 @@ from ._pure_model import Loss as Loss
 from ._pure_model import PureModel as PureModel
 from ._read_nnx import split_parameters as split_parameters
 from ._report import analysis_lines as analysis_lines
+from ._rows import Rows as Rows
+from ._rows import Stack as Stack
 from ._rules import register_rule_text as register_rule_text

@@ -68,6 +68,12 @@ class Rows:
         first = len(self.model.paths)
         return self._apart(parameters, 0), self._apart(state, first)
 
+    def fresh_state(self) -> Any:
+        """Return what the program keeps beside its parameters, as the model makes it; its parameters are not made."""
+        if self.model.is_built:
+            return self.apart(*self.model.build())[1]
+        return jax.jit(lambda: self.apart(*self.model.build())[1])()
+
     def together(self, parameters: Any, state: Any) -> tuple[Any, Any]:
         """Return the user's (parameters, state) from the program's; runs under ``jax.jit``."""
         first = len(self.model.paths)

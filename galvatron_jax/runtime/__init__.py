@@ -15,6 +15,7 @@ from ._model import plan_model as plan_model
 from ._model import plan_stages as plan_stages
 from ._options import compiler_options as compiler_options
 from ._pipeline import PipelinePrograms as PipelinePrograms
+from ._placing import UnreadArray as UnreadArray
 from ._share import Crossing as Crossing
 from ._share import StageShare as StageShare
 from ._slots import Slot as Slot

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,13 +12,25 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class UnreadArray:
+    """An array whose values are somewhere else (on disk): each device is given its own part, nobody holds the whole."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[tuple[slice, ...]], np.ndarray[Any, Any]]
+    """Returns a part."""
+
+
 def adopt_leaf(value: Any, place: NamedSharding) -> jax.Array:
     """Copy a value that every process has whole to where it belongs; the caller's buffer is never shared.
 
     Args:
-        value: A host array, or a device array that this process can read.
+        value: A host array, a device array that this process can read, or an ``UnreadArray``.
         place: Of a sharding with at least one device in this process.
     """
+    if isinstance(value, UnreadArray):
+        return jax.make_array_from_callback(value.shape, place, value.read)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         data = adopt_leaf(jax.random.key_data(value), place)
         key: jax.Array = jax.random.wrap_key_data(data, impl=jax.random.key_impl(value))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import optax
 from flax import nnx
 
+from .._weights import Weights
 from ..analysis import Loss
 from ..errors import ConfigError
 from ..models import Llama, LlamaConfig, llama_config, next_token_loss
+from ..models.huggingface import read_llama, read_llama_config
 from ._config import ModelConfig, OptimizerConfig
 
 DEFAULT_PRESET = "llama-tiny"
@@ -28,6 +31,8 @@ class Subject:
     seq: int | None
     """Longest sequence that it is meant for."""
     name: str
+    weights: Weights | None = None
+    """What to begin with, when the model does not say it itself."""
 
 
 def build_subject(config: ModelConfig) -> Subject:
@@ -35,15 +40,31 @@ def build_subject(config: ModelConfig) -> Subject:
 
     Raises:
         ConfigError: a function that it names does not exist, or a preset has no such field.
-        DocumentNotFoundError: there is no such preset.
+        DocumentNotFoundError: there is no such preset, or no weights.
+        DocumentError: the weights are damaged, or may not be opened.
         ModelError: the changed sizes contradict each other.
     """
     loss = _imported(config.loss, "loss") if config.loss else next_token_loss
     if config.function:
         return Subject(_imported(config.function, "function"), loss, config.vocab, None, config.function)
-    name = config.preset or DEFAULT_PRESET
-    preset = _changed(llama_config(name), config)
-    return Subject(lambda: Llama(preset, rngs=nnx.Rngs(config.seed)), loss, preset.vocab, preset.seq, name)
+    preset = llama_of(config)
+    name = Path(config.huggingface).name if config.huggingface else config.preset or DEFAULT_PRESET
+    weights = read_llama(config.huggingface)[1] if config.huggingface else None
+    return Subject(lambda: Llama(preset, rngs=nnx.Rngs(config.seed)), loss, preset.vocab, preset.seq, name, weights)
+
+
+def llama_of(config: ModelConfig) -> LlamaConfig:
+    """Return the configuration of the Llama that a run trains.
+
+    Raises:
+        ConfigError: it trains a function's model, or a preset has no such field.
+        DocumentNotFoundError: there is no such preset, or no ``config.json``.
+    """
+    if config.function:
+        raise ConfigError(f"got {config.function!r}", expected="a preset or huggingface", where="[model] function")
+    if config.huggingface:
+        return _changed(read_llama_config(config.huggingface), config)
+    return _changed(llama_config(config.preset or DEFAULT_PRESET), config)
 
 
 def build_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:

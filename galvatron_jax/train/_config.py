@@ -40,7 +40,10 @@ class ModelConfig(Value, frozen=True, kw_only=True):
     preset: str | None = None
     """For example ``llama-tiny``; ``llama-tiny`` when ``function`` is not given either."""
     changes: dict[str, Setting] = {}
-    """Fields of the preset's configuration to change, for example ``{layers = 2}``."""
+    """Fields of the preset's configuration to change, for example ``{layers = 2}``; with ``huggingface`` those that
+    leave the weights as they are, for example ``{seq = 1024, dtype = "float32"}``."""
+    huggingface: str | None = None
+    """Folder with ``config.json`` and safetensors of a Llama: sizes and first weights, in place of ``preset``."""
     function: str | None = None
     """``module:function`` that builds the ``flax.nnx.Module``, called without arguments."""
     loss: str | None = None
@@ -193,8 +196,8 @@ class RunConfig(Value, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself."""
-        if self.model.preset and self.model.function:
-            raise ValueError("give preset or function, not both")
+        if sum(map(bool, (self.model.preset, self.model.huggingface, self.model.function))) > 1:
+            raise ValueError("give preset, huggingface or function, only one of them")
         if self.model.changes and self.model.function:
             raise ValueError("changes belong to a preset, not to a function")
         if self.run.profile is not None and not re.fullmatch(r"[0-9]{1,9}:[0-9]{1,9}", self.run.profile):

@@ -24,6 +24,7 @@ from flax import nnx
 
 from .._auto_shard import auto_shard
 from .._sharded_model import ShardedModel
+from .._weights import Weights
 from ..analysis import Loss
 from ..errors import ConfigError, DeviceMemoryError, UnsupportedError
 from ..models import next_token_loss
@@ -75,6 +76,7 @@ class AutoTrainer:
         override_config: bool = False,
         allow_mismatch: bool = False,
         retry_oom: int = 0,
+        weights: Weights | None = None,
     ) -> None:
         """Hold the parts; nothing happens before ``run``.
 
@@ -92,6 +94,7 @@ class AutoTrainer:
             override_config: Let a resumed run change the learning rate and the number of steps.
             allow_mismatch: Run a plan for another mesh or kind of GPU on equally many devices.
             retry_oom: How often to plan again, with more memory held back, when a device runs out of it.
+            weights: What a new run begins with (``auto_shard``); by default fresh values.
         """
         steps = config.run.steps
         own, schedule = build_optimizer(config.optimizer, steps)
@@ -100,7 +103,7 @@ class AutoTrainer:
         self._optimizer = optimizer or own
         self._learning_rate = learning_rate or (schedule if optimizer is None else None)
         self._data: Windows | None = None if data is None else _as_windows(data)
-        self._vocab, self._plan, self._hardware = vocab, plan, hardware
+        self._vocab, self._plan, self._hardware, self._weights = vocab, plan, hardware, weights
         self._override, self._allow_mismatch, self._retry_oom = override_config, allow_mismatch, retry_oom
         self.sharded: ShardedModel | None = None
         """The model in training, once ``run`` has begun."""
@@ -115,7 +118,14 @@ class AutoTrainer:
         subject = build_subject(config.model)
         seq = config.data.seq or subject.seq
         config = msgspec.structs.replace(config, data=msgspec.structs.replace(config.data, seq=seq))
-        return cls(subject.build, config=config, loss=subject.loss, vocab=subject.vocab, **options)
+        return cls(
+            subject.build,
+            config=config,
+            loss=subject.loss,
+            vocab=subject.vocab,
+            weights=subject.weights,
+            **options,
+        )
 
     @property
     def folder(self) -> Path:
@@ -240,6 +250,7 @@ class AutoTrainer:
             plan=choice.plan,
             cluster=choice.cluster,
             hardware=self._hardware or learnt_hardware(self.folder, choice.cluster.gpu),
+            weights=self._weights,
         )
         if config.run.compile_cache:
             jax.config.update("jax_compilation_cache_dir", config.run.compile_cache)
