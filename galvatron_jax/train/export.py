@@ -79,4 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # no GPU is needed, and none that others use is to be touched
     sys.exit(main(sys.argv[1:]))

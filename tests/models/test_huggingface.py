@@ -23,6 +23,8 @@ from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
 from tests.models.huggingface_folder import SIZES, TOKENS, write_folder
 
 CLUSTER = Cluster(nodes=1, gpus_per_node=8, gpu="cpu")
+pytest.importorskip("safetensors")
+
 GOLDEN = Path(__file__).parent / "huggingface_logits.json"
 TOLERANCE = 1e-4
 """Both compute in float32 and add in another order; the logits are of order 1 to 10."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -19,7 +20,7 @@ from galvatron_jax.errors import CheckpointError, ConfigError, DocumentError
 from galvatron_jax.runtime import TrainState
 from galvatron_jax.train._config import CheckpointConfig
 from galvatron_jax.train._ranks import OneRank
-from galvatron_jax.train.checkpoint import CheckpointStore, Progress
+from galvatron_jax.train.checkpoint import CheckpointReader, CheckpointStore, Progress
 from galvatron_jax.train.checkpoint._folder import list_steps, surplus
 from tests.support.plans import small_plan
 
@@ -313,3 +314,25 @@ def test_folder_that_cannot_be_made_is_an_error_of_the_environment(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be used"):
         open_store(tmp_path / "file" / "checkpoints")
+
+
+def test_seal_fits_when_a_whole_number_stands_for_a_float(tmp_path: Path) -> None:
+    with contextlib.closing(open_store(tmp_path)) as store:
+        store.save(state_at(1), Progress(step=1, next_batch=2, data="d", config="c", losses=(2,)), small_plan())
+        store.finish()
+    assert CheckpointReader(tmp_path).checkpoint.is_intact
+
+
+def test_reader_gives_parameters_one_by_one_and_refuses_damage(tmp_path: Path) -> None:
+    with contextlib.closing(open_store(tmp_path)) as store:
+        write(store, 1, 2)
+    saved = CheckpointReader(tmp_path, 1).parameters
+    assert sorted(saved) == ["half", "kernel"]
+    np.testing.assert_array_equal(saved["kernel"][2:4, :], np.asarray(state_at(1).parameters["kernel"])[2:4, :])
+    assert CheckpointReader(tmp_path).step == 2
+    victim = max((tmp_path / "step_00000002").rglob("*"), key=lambda path: path.stat().st_size)
+    victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    with pytest.raises(CheckpointError, match="damaged"):
+        CheckpointReader(tmp_path)
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        CheckpointReader(tmp_path, 7)

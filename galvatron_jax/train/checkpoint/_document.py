@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from ..._document import Bytes, Document, Value, encode
+from ..._document import Bytes, Document, Value, decode, encode
 from ...plan import Plan
 
 DOCUMENT_NAME = "galvatron.json"
@@ -87,4 +87,7 @@ class Checkpoint(Document, frozen=True, kw_only=True):
         return self.seal == self._digest()
 
     def _digest(self) -> str:
-        return hashlib.sha256(encode(msgspec.structs.replace(self, seal="")).encode()).hexdigest()
+        text = encode(msgspec.structs.replace(self, seal=""))
+        # As it will be read: a whole number in the place of a float is written 0, read 0.0 and would be written 0.0.
+        text = encode(decode(text, Checkpoint, where=DOCUMENT_NAME))
+        return hashlib.sha256(text.encode()).hexdigest()
