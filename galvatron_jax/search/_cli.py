@@ -12,15 +12,14 @@ import traceback
 from collections.abc import Sequence
 
 from ..errors import GalvatronError
-from ._flags import PROGRAM
+from ._flags import INTERRUPTED, PROGRAM
 
-INTERRUPTED = 130
 INTERNAL_ERROR = 1
 COMMANDS = ("explain", "diff", "report")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return its exit status (0, 2, 3, 4 or 130; 1 for an error of our own)."""
+    """Run the command; return its exit status (0, 2, 3, 4, 6 or 130; 1 for an error of our own)."""
     debug = "--debug" in argv
     for stream in (sys.stdout, sys.stderr):  # a terminal without Unicode gets question marks, not a traceback
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
@@ -55,7 +54,7 @@ def _run(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     from ._command_search import run_search  # numpy comes with it: --help and a slip of the keyboard need none
 
-    return INTERRUPTED if run_search(options) else 0
+    return run_search(options)
 
 
 def _fail(message: str, status: int, debug: bool) -> int:

@@ -7,6 +7,7 @@ process. Two searches for one plan file do not run at once: the second is told w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -20,20 +21,21 @@ from ..cluster import Cluster
 from ..errors import DocumentError, GalvatronError
 from ..plan import Plan, save_plan
 from ._find import SearchResult, find_plan
-from ._flags import PROGRAM
+from ._flags import FELL_BACK, INTERRUPTED, PROGRAM
 from ._inputs import Inputs, assumption_lines, load_inputs
 from ._options import Options
+from ._proof import Proved, Verdict, prove, rejection_lines, run_verify
 from ._report import proof_line, result_lines
 from ._watch import Watch, watching
 from .explain import Subject, asked_lines, asked_values, compare_clusters, memory_frontier, scaling_lines
 from .html import PageContent, check_page_target, write_page
 
 
-def run_search(options: Options) -> bool:
-    """Search, write and show; return whether a signal cut the search short."""
+def run_search(options: Options) -> int:
+    """Search, write and show; return the exit status: 0, FELL_BACK or INTERRUPTED."""
     if len(options.clusters) > 1:
         _compare(options)
-        return False
+        return 0
     writes = options.out_given or not options.json
     for path in [options.out] * writes + [options.report] * (options.report is not None):
         assert path is not None
@@ -48,9 +50,12 @@ def run_search(options: Options) -> bool:
         with watching(quiet=options.quiet) as watch:
             inputs = load_inputs(options, options.cluster)
             result = _found(options, inputs, watch)
-        written = save_plan(result.plan, options.out) if writes else None
-    _show(options, inputs, result, written)
-    return watch.interrupted
+            proved = _proved(options, inputs, result, watch) if options.verify else Proved(result, ())
+        written = save_plan(proved.result.plan, options.out) if writes else None
+    for line in rejection_lines(proved.rejected) if not options.quiet else ():
+        sys.stderr.write(f"{clean(line)}\n")
+    _show(options, inputs, proved.result, written)
+    return INTERRUPTED if watch.interrupted else FELL_BACK if proved.rejected else 0
 
 
 def _found(options: Options, inputs: Inputs, watch: Watch | None) -> SearchResult:
@@ -73,6 +78,21 @@ def _found(options: Options, inputs: Inputs, watch: Watch | None) -> SearchResul
         if watch is not None and watch.interrupted:
             raise KeyboardInterrupt from None
         raise
+
+
+def _proved(options: Options, inputs: Inputs, first: SearchResult, watch: Watch) -> Proved:
+    """Have plans compiled until one fits."""
+
+    def search(memory_bytes: int) -> SearchResult:
+        return _found(dataclasses.replace(options, memory_bytes=memory_bytes), inputs, watch)
+
+    def verify(plan: Plan) -> Verdict:
+        if not options.quiet:
+            sys.stderr.write(f"compiling for {plan.cluster.mesh} {plan.cluster.gpu}, no GPU used ...\n")
+            sys.stderr.flush()
+        return run_verify(plan, inputs.hardware)
+
+    return prove(first, inputs.hardware, search, verify)
 
 
 def _compare(options: Options) -> None:

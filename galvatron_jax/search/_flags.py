@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 PROGRAM = "python -m galvatron_jax.search"
+FELL_BACK = 6
+"""Exit status: the plan that was written is not the best one on paper, which does not fit as compiled."""
+INTERRUPTED = 130
 DEFAULT_MODEL = "llama2-7b"
 DEFAULT_OUT = Path("configs/optimal_solution.json")
 
@@ -23,8 +26,8 @@ examples:
   python -m galvatron_jax.search --mesh 1x8 --gpu a100-40g --memory 34GiB --no-pp --json > plan.json
   python -m galvatron_jax.search explain configs/optimal_solution.json layer 7
 
-exit status: 0 done, 2 bad input, 3 nothing fits the memory, 4 environment, 130 interrupted (the best plan so far is
-written)
+exit status: 0 done, 2 bad input, 3 nothing fits the memory, 4 environment, 6 with --verify: done, but the best plan on
+paper does not fit as compiled, and another one was written; 130 interrupted (the best plan so far is written)
 """
 
 
@@ -64,6 +67,8 @@ FLAGS = {
         ("--frontier", "", "the fastest plan for each of several smaller memory budgets"),
         ("--price", "NUMBER", "price of one GPU hour: adds tokens per unit of currency"),
         ("--report", "FILE", "one self-contained HTML page"),
+        ("--verify", "", "compile the plan with XLA's GPU compiler (no GPU needed; see python -m galvatron_jax.verify);"
+         " if it does not fit, search again with less memory, up to 4 plans; write only what fits. Presets only"),
     ),
     "output": (
         ("--out", "FILE", f"plan file (default: {DEFAULT_OUT}; with --json or several meshes: none)"),

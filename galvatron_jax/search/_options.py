@@ -54,6 +54,7 @@ class Options:
     frontier: bool
     price_per_hour: float | None
     report: Path | None
+    verify: bool
     out: Path
     out_given: bool
     force: bool
@@ -78,6 +79,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     _check_alone(found, "hardware", "gpu", "profile_from")
     _check_alone(found, "model", "profile")
     clusters = _clusters(found.mesh)
+    _check_verifiable(found, clusters)
     name = _choice(found.space or "full", SPACES, "--space")
     space = named_space(name, clusters[0])
     given = 1 if found.no_pp else _optional(found.max_pp, "--max-pp")
@@ -105,6 +107,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         frontier=found.frontier,
         price_per_hour=_price(found.price),
         report=found.report,
+        verify=found.verify,
         out=found.out or DEFAULT_OUT,
         out_given=found.out is not None,
         force=found.force,
@@ -171,6 +174,26 @@ def _check_alone(found: argparse.Namespace, *names: str) -> None:
         both = "both " * (len(given) == 2)
         raise GalvatronError(
             f"got {both}{' and '.join(sorted(given))}", expected="one of them", action="leave the others out"
+        )
+
+
+def _check_verifiable(found: argparse.Namespace, clusters: Sequence[Cluster]) -> None:
+    """Refuse ``--verify`` where the compiler has no model, or several plans, to work on."""
+    if not found.verify:
+        return
+    if found.profile is not None or found.profile_from is not None:
+        raise GalvatronError(
+            "--verify compiles presets: a profile is no model",
+            expected="--model NAME",
+            where="--verify",
+            action="verify the plan itself: python -m galvatron_jax.verify PLAN --model MODULE:FUNCTION",
+        )
+    if len(clusters) > 1:
+        raise GalvatronError(
+            f"got {len(clusters)} meshes",
+            expected="one mesh",
+            where="--verify",
+            action="verify the mesh that you chose",
         )
 
 
