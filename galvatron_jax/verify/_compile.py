@@ -48,6 +48,8 @@ class CompiledStep:
     warnings: tuple[str, ...]
     """Of the compiler, about memory and about changes of layout that go through the whole array."""
     compile_s: float
+    options: dict[str, bool | int]
+    """Of XLA: those of the runtime on GPUs."""
     versions: dict[str, str]
 
 
@@ -108,6 +110,7 @@ def compile_plan(plan: Plan, *, model: str = "", time_limit_s: float = TIME_LIMI
             rematerialised=len(_CLONE.findall(hlo_text)),
             warnings=_warnings(narration),
             compile_s=answer.compile_s,
+            options=answer.options,
             versions=answer.versions,
         )
 

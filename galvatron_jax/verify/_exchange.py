@@ -67,5 +67,7 @@ class CompileAnswer(Value, frozen=True, kw_only=True):
     memory: CompiledMemory | None = None
     compile_s: float = 0.0
     """Clock time of lowering and compiling."""
+    options: dict[str, bool | int] = {}
+    """What the runtime tells XLA for this program on GPUs; the subprocess told it the same."""
     versions: dict[str, str] = {}
     """Of jax, jaxlib and the compiler plugin."""

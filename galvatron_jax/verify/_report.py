@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..units import GIB, format_gib
@@ -66,6 +66,7 @@ def _stage_data(check: StageCheck) -> dict[str, Any]:
         "warnings": list(check.compiled.warnings),
         "problems": list(check.problems),
         "compile_s": round(check.compiled.compile_s, 3),
+        "xla_options": check.compiled.options,
         "versions": check.compiled.versions,
     }
 
@@ -100,6 +101,7 @@ def _stage_lines(check: StageCheck) -> Iterator[str]:
     compiled = check.compiled
     versions = ", ".join(f"{name} {version}" for name, version in compiled.versions.items())
     yield f"compiled  by XLA:GPU in {compiled.compile_s:.0f} s, no GPU used ({versions})"
+    yield from _option_lines(compiled.options)
     if check.attention_is_fused:
         yield "attention a fused cuDNN kernel, as the estimate assumes"
     else:
@@ -111,6 +113,12 @@ def _stage_lines(check: StageCheck) -> Iterator[str]:
     yield from _collective_lines(check.collectives)
     yield from [f"warning   {_clean(warning)}" for warning in compiled.warnings]
     yield ""
+
+
+def _option_lines(options: Mapping[str, bool | int]) -> Iterator[str]:
+    """Name the options of the runtime, which this program was compiled with."""
+    for position, (name, value) in enumerate(options.items()):
+        yield f"{'' if position else 'options':<10}{name}={str(value).lower()}"
 
 
 def _memory_lines(check: StageCheck) -> Iterator[str]:

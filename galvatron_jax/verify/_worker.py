@@ -56,7 +56,9 @@ def compile_request(request: CompileRequest) -> CompileAnswer:
     analysis = analyse_model(subject.model, subject.loss, subject.batch, name=plan.model.name)
     check_plan(plan, analysis.profile)
     start = time.monotonic()
-    compiled = _lower(analysis, plan, request.target).compile(compiler_options=_options(request.dump_folder))
+    programs = _programs(analysis, plan, request.target)
+    lowered = _lower(programs, _batch(analysis, plan))
+    compiled = lowered.compile(compiler_options=_options(request.dump_folder))  # added to those of the runtime
     compile_s = time.monotonic() - start
     Path(request.hlo_file).write_text(compiled.as_text() or "")
     return CompileAnswer(
@@ -64,11 +66,12 @@ def compile_request(request: CompileRequest) -> CompileAnswer:
         segments={segment.name: segment.kind for segment in analysis.cut.segments},
         memory=_memory(compiled),
         compile_s=compile_s,
+        options=programs.compiler_options,
         versions=_versions(),
     )
 
 
-def _lower(analysis: Analysis, plan: Plan, target: str) -> jax.stages.Lowered:
+def _programs(analysis: Analysis, plan: Plan, target: str) -> StagePrograms:
     topology = topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
@@ -76,9 +79,12 @@ def _lower(analysis: Analysis, plan: Plan, target: str) -> jax.stages.Lowered:
         target_config=target,
     )
     planned = plan_model(analysis, plan, stage_mesh(plan.cluster, topology.devices))
-    programs = StagePrograms(planned, stand_in_optimizer(plan), plan.microbatches)
+    return StagePrograms(planned, stand_in_optimizer(plan), plan.microbatches)
+
+
+def _lower(programs: StagePrograms, batch: list[jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
     train: Any = programs.train  # a jitted function: ``Callable`` hides ``lower``
-    lowered: jax.stages.Lowered = train.lower(programs.abstract_state, _batch(analysis, plan))
+    lowered: jax.stages.Lowered = train.lower(programs.abstract_state, batch)
     return lowered
 
 
