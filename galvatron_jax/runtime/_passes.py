@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from ._model import StageModel
+from ._options import compiler_options
 from ._residuals import Residuals, sort_residuals
 from ._slots import abstract_stored
 
@@ -58,7 +59,7 @@ class StagePasses:
         """
         m = self.model
         places = (m.leaving_shardings, m.state_shardings, None, m.mesh.replicated)
-        return jax.jit(self._forward, donate_argnums=5, out_shardings=places)
+        return self._jit(self._forward, places)
 
     @functools.cached_property
     def backward(self) -> Callable[..., Any]:
@@ -68,7 +69,7 @@ class StagePasses:
         of arriving values); the sums are donated.
         """
         places = (self._sum_places, [self.model.arriving_shardings[i] for i in self._flows])
-        return jax.jit(self._backward, donate_argnums=5, out_shardings=places)
+        return self._jit(self._backward, places)
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., Any]:
@@ -83,7 +84,7 @@ class StagePasses:
             results = self.model.run(parameters, state, _at(batch, microbatch), arriving)
             return results.leaving, total + _float32(results.loss)
 
-        return jax.jit(run, donate_argnums=5, out_shardings=(self.model.leaving_shardings, self.model.mesh.replicated))
+        return self._jit(run, (self.model.leaving_shardings, self.model.mesh.replicated))
 
     @functools.cached_property
     def begin(self) -> Callable[[], tuple[Arrays, Any]]:
@@ -93,6 +94,11 @@ class StagePasses:
             return [jnp.zeros(a.shape, a.dtype) for a in self.sums], jnp.zeros((), jnp.float32)
 
         return jax.jit(zeros, out_shardings=(self._sum_places, self.model.mesh.replicated))
+
+    def _jit(self, function: Callable[..., Any], places: Any) -> Callable[..., Any]:
+        """Compile a pass: its sixth argument, the running sums, is donated."""
+        options = compiler_options(self.model.mesh)
+        return jax.jit(function, donate_argnums=5, out_shardings=places, compiler_options=options)
 
     def kept(self, residuals: Arrays, state: Arrays, arriving: Arrays) -> Kept:
         """Return what the backward pass of a microbatch needs of its forward pass."""

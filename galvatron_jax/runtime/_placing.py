@@ -18,8 +18,8 @@ class UnreadArray:
 
     shape: tuple[int, ...]
     dtype: Any
-    read: Callable[[tuple[slice, ...]], np.ndarray[Any, Any]]
-    """Returns a part."""
+    read: Callable[[Any], np.ndarray[Any, Any]]
+    """Returns the part that a tuple of slices names."""
 
 
 def adopt_leaf(value: Any, place: NamedSharding) -> jax.Array:

@@ -51,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
         return _fail(error.message, error.exit_code, debug)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED, debug)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of stdout has gone; nobody is left to tell
+        return 0
     except Exception as error:
         action = "this is a fault of galvatron_jax: please report it with the output of --debug"
         return _fail(f"internal error: {type(error).__name__}: {error}; {action}", INTERNAL_ERROR, debug)

@@ -15,8 +15,9 @@ BATCH_AND_COUNTERS = 2 * 2 * 128 * 4 + 2 * 4 * 128 * 4 + 2 * 4
 """Arguments besides the state, bytes on one device: two microbatches of int32 inputs, 8 samples over the 4 data ranks
 of the embedding; of targets, over the 2 of the head; the step counters of program and optimizer."""
 
-LEAST_NAMED = 0.9
-"""Of the peak: measured 0.998 for programs without a loop over microbatches, 0.94 for this one."""
+LEAST_NAMED = 0.75
+"""Of the peak: measured 0.80 for this program (loops over layers and microbatches, the runtime's XLA options), 0.94
+before layers were a loop, 0.998 without any loop: XLA's list leaves out part of what is alive inside loops."""
 
 
 def test_arguments_are_exactly_the_estimated_state_and_the_batch(tiny_verification: Verification) -> None:
