@@ -54,11 +54,15 @@ def only_writer(path: str | Path) -> Iterator[None]:
 def _held(lock: Path, path: Path) -> int:
     """The open lock file, locked. Tries again when its owner before took the file, or its empty folder, away."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:
             continue
+        except FileExistsError:
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                raise  # a file stands where the folder should be
+            continue  # the folder was there for mkdir, and gone when it looked again
         try:
             if _take(handle, path) and _is_at(handle, lock):
                 os.ftruncate(handle, 0)

@@ -141,10 +141,11 @@ def test_segments_in_order_have_loss_gradients_and_state_of_the_original(name: s
 
     def cut(parameters: Any, state: Any) -> tuple[jax.Array, Any]:
         rows = analysis.trace.rows
-        leaves = [leaf for tree in (*rows.apart(parameters, state), batch) for leaf in jax.tree.leaves(tree)]
+        apart = rows.apart(parameters, state)
+        leaves = [leaf for tree in (*apart, batch) for leaf in jax.tree.leaves(tree)]
         loss, *new_state = _run_segments(analysis, leaves)
         state = jax.tree.unflatten(jax.tree.structure(rows.state), new_state)
-        return loss, jax.tree.leaves(rows.together(rows.parameters, state)[1])
+        return loss, jax.tree.leaves(rows.together(apart[0], state)[1])
 
     both = [jax.value_and_grad(function, has_aux=True) for function in (original, cut)]
     compiled = jax.jit(lambda *trees: [function(*trees) for function in both], compiler_options=FAST_COMPILE)

@@ -167,9 +167,13 @@ class LinenT5(nn.Module):
         return self.shared.attend(self.decoder(self.shared(target), memory, nn.make_causal_mask(target, dtype=bool)))
 
 
+TOLERANCE = 2e-5
+"""The gradient of the shared table sums what encoder, decoder and head leave, on eight devices in another order: one
+element of 2048, 0.066 large, was 1.3e-5 off under three plans."""
+
 LAYERS = (("embed", 1), ("encoder.*", 2), ("bridge", 1), ("decoder.*", 2), ("head", 1))
 CASES = {
-    "t5": lambda: Case(lambda: T5(rngs=nnx.Rngs(0)), translate, batch(), LAYERS),
+    "t5": lambda: Case(lambda: T5(rngs=nnx.Rngs(0)), translate, batch(), LAYERS, tolerance=TOLERANCE),
     "t5 linen": lambda: Case(
         LinenT5,
         translate,
