@@ -35,7 +35,7 @@ def file(tmp_path: Path, text: str) -> Path:
         ("[optimizer]\nlearning_rate = nan", "learning_rate"),
         ("[optimizer]\nlearning_rate = inf", "learning_rate"),
         ("[optimizer]\nname = 'lion'", "'lion'"),
-        ("[model]\npreset = 'x'\nfunction = 'm:f'", "not both"),
+        ("[model]\npreset = 'x'\nfunction = 'm:f'", "only one of them"),
         ("[data]\nheld_out = 0.6", "$.data.held_out"),
         ("[run]\nprofile = '5'", "FIRST:LAST"),
         ("steps = [", "is no TOML"),
