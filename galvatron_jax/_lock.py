@@ -20,6 +20,8 @@ from .errors import BusyError, DocumentError
 
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """A file system without locks: the replacement of the file is still atomic."""
+LOST_RACES = 1000
+"""Whoever loses this often does not race: some folders, such as those in ``/proc``, answer "not found" to ``mkdir``."""
 
 
 @contextmanager
@@ -53,16 +55,13 @@ def only_writer(path: str | Path) -> Iterator[None]:
 
 def _held(lock: Path, path: Path) -> int:
     """The open lock file, locked. Tries again when its owner before took the file, or its empty folder, away."""
-    while True:
+    for losses_left in reversed(range(LOST_RACES)):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
+            handle = _opened(lock)
+        except (FileNotFoundError, FileExistsError):
+            if not losses_left or (os.path.lexists(path.parent) and not path.parent.is_dir()):
+                raise  # no race: nothing can be made there, or a file stands where the folder should be
             continue
-        except FileExistsError:
-            if os.path.lexists(path.parent) and not path.parent.is_dir():
-                raise  # a file stands where the folder should be
-            continue  # the folder was there for mkdir, and gone when it looked again
         try:
             if _take(handle, path) and _is_at(handle, lock):
                 os.ftruncate(handle, 0)
@@ -72,6 +71,18 @@ def _held(lock: Path, path: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
+    raise BusyError(
+        f"other processes took the lock {LOST_RACES} times in a row",
+        expected="one writer at a time",
+        where=str(path),
+        action="wait for them, end them, or choose another --out",
+    )
+
+
+def _opened(lock: Path) -> int:
+    """The lock file, open, its folder made; whoever made that folder takes it away when it is empty."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
 
 
 def _take(handle: int, path: Path) -> bool:
