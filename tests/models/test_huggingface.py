@@ -55,7 +55,7 @@ def test_transformers_gives_the_same_logits_and_loads_what_we_write(name: str, t
     write_llama(written, config, weights, shard_bytes=4096)
     ours = logits(config, weights)
     for place in (folder, written):
-        model = transformers.LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        model = transformers.LlamaForCausalLM.from_pretrained(place).float().eval()
         with torch.no_grad():
             theirs = model(torch.tensor(TOKENS)).logits.numpy()
         print(f"{name} {place.name}: largest difference {np.abs(ours - theirs).max():.2e}")
