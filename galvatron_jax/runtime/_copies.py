@@ -17,7 +17,7 @@ batch, an unknown primitive) is not copied: its gradient is reduced in every mic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -53,7 +53,7 @@ def unreduced_axes(layout: LayerLayout) -> Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Copies of weights of one layer along ``axes``, and how equations run that read them."""
+    """Copies of weights of one layer along ``axes``."""
 
     layout: LayerLayout
     axes: Axes
@@ -93,30 +93,8 @@ class Copies:
         spec = PartitionSpec(None, *row.spec) if stacked else row.spec
         return jax.lax.with_sharding_constraint(total, self.layout.stage.sharding(spec))
 
-    def mixes(self, equation: Equation, copied: Sequence[bool]) -> bool:
-        """Tell whether the equation mixes copies with samples: its results are no copies."""
-        return _mixes(self.layout.kind, equation, copied)
-
-    def run(self, equation: Equation, arguments: Sequence[Any], copied: Sequence[bool]) -> list[Any]:
-        """Return the results: copies again when only weights are read, else arrays of the whole batch."""
-        values = self.layout.kind.layer.forward_values
-        if not self.mixes(equation, copied):
-            return _mapped(equation, arguments, copied)
-        read = [None if isinstance(v, Literal) else values[v] for v in equation.inputs]
-        batch = [None if value is None else _batch_dim(self.layout.kind, value) for value in read]
-        split = [
-            a if is_copy or dim is None or value is None else self._split(a, dim, value)
-            for a, is_copy, dim, value in zip(arguments, copied, batch, read, strict=True)
-        ]
-        mapped = [is_copy or dim is not None for is_copy, dim in zip(copied, batch, strict=True)]
-        results = _mapped(equation, split, mapped)
-        return [
-            _merge(result, _batch_dim(self.layout.kind, values[v]) or 0)
-            for result, v in zip(results, equation.outputs, strict=True)
-        ]
-
-    def _split(self, array: Any, dim: int, value: Value) -> Any:
-        """[..., batch, ...] as [copies, ..., batch / copies, ...], each rank's samples where they are."""
+    def split(self, array: Any, dim: int, value: Value) -> Any:
+        """Return [..., batch, ...] as [copies, ..., batch / copies, ...], each rank's samples where they are."""
         shape = (*array.shape[:dim], self.count, array.shape[dim] // self.count, *array.shape[dim + 1 :])
         entries = list(self.layout.value(value).spec)
         entries += [None] * (array.ndim - len(entries))
@@ -126,8 +104,52 @@ class Copies:
         return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(PartitionSpec(self.axes, *entries)))
 
 
+class PerRank:
+    """One run of a layer's equations, some of whose values are copies.
+
+    An array of samples is taken apart into the ranks' shares once, whoever reads it: what a product needs whole (the
+    stream, under sequence parallelism) the partitioner gathers for each array that it meets, so one array taken apart
+    for each of three products would be gathered three times.
+    """
+
+    def __init__(self, copies: Copies, copied: Iterable[Any]) -> None:
+        """``copied`` are the variables of the layer's program that are copies from the start."""
+        self._copies = copies
+        self.copied = set(copied)
+        """The variables that are copies so far."""
+        self._shares: dict[int, tuple[Any, Any]] = {}
+        """Arrays by their identity, and as shares; the former only to keep the identity."""
+
+    def run(self, equation: Equation, arguments: Sequence[Any]) -> list[Any]:
+        """Return the results: copies again when only weights are read, else arrays of the whole batch."""
+        kind, values = self._copies.layout.kind, self._copies.layout.kind.layer.forward_values
+        copied = [not isinstance(v, Literal) and v in self.copied for v in equation.inputs]
+        if not any(copied):
+            return run_equation(equation.eqn, arguments)
+        if not _mixes(kind, equation, copied):
+            self.copied.update(equation.outputs)
+            return _mapped(equation, arguments, copied)
+        shares, mapped = list(arguments), list(copied)
+        for i, variable in enumerate(equation.inputs):
+            if copied[i] or isinstance(variable, Literal):
+                continue
+            dim = _batch_dim(kind, values[variable])
+            if dim is not None:
+                shares[i], mapped[i] = self._share(arguments[i], dim, values[variable]), True
+        results = _mapped(equation, shares, mapped)
+        return [
+            _merge(result, _batch_dim(kind, values[v]) or 0)
+            for result, v in zip(results, equation.outputs, strict=True)
+        ]
+
+    def _share(self, array: Any, dim: int, value: Value) -> Any:
+        if id(array) not in self._shares:
+            self._shares[id(array)] = (array, self._copies.split(array, dim, value))
+        return self._shares[id(array)][1]
+
+
 def _merge(array: Any, dim: int) -> Any:
-    """Undo ``_split``."""
+    """Undo ``Copies.split``."""
     moved = jnp.moveaxis(array, 0, dim)
     return moved.reshape(*moved.shape[:dim], moved.shape[dim] * moved.shape[dim + 1], *moved.shape[dim + 2 :])
 

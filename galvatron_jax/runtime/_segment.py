@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
-from ..analysis import Value, is_batched, is_kept, is_kernel_name, run_equation
+from ..analysis import Equation, Value, is_batched, is_kept, is_kernel_name
 from ..strategy import Remat
-from ._copies import Copies, copyable, unreduced_axes
+from ._copies import Copies, PerRank, copyable, unreduced_axes
 from ._layout import LayerLayout, Role
 
 WEIGHTS = "galvatron_weights"
@@ -137,30 +137,26 @@ class _Weights:
         return use(weight)
 
 
-def _run_equations(layout: LayerLayout, inputs: Sequence[Any], per_rank: Copies, copied: frozenset[int]) -> list[Any]:
+def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, copied: frozenset[int]) -> list[Any]:
     layer = layout.kind.layer
     program, values = layer.forward, layer.forward_values
     border = _Border(layout)
-    copies = {program.inputs[layer.parameters[position]] for position in copied}
+    ranks = PerRank(copies, [program.inputs[layer.parameters[position]] for position in copied])
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
 
     def read(atom: Any, inside: bool = False) -> Any:
         return atom.val if isinstance(atom, Literal) else border.cross(environment[atom], values[atom], inside=inside)
 
+    def place(variable: Any, equation: Equation, result: Any, inside: bool) -> Any:
+        if variable in ranks.copied:
+            return result
+        return _constrain(layout, equation.name, result, values[variable], inside=inside)
+
     for position, equation in enumerate(program.equations):
         inside = border.is_inside(position)
-        arguments = [read(v, inside) for v in equation.inputs]
-        are_copies = [not isinstance(v, Literal) and v in copies for v in equation.inputs]
-        if any(are_copies):
-            results = per_rank.run(equation, arguments, are_copies)
-            if not per_rank.mixes(equation, are_copies):
-                environment.update(zip(equation.outputs, results, strict=True))
-                copies.update(equation.outputs)
-                continue
-        else:
-            results = run_equation(equation.eqn, arguments)
+        results = ranks.run(equation, [read(v, inside) for v in equation.inputs])
         for variable, result in zip(equation.outputs, results, strict=True):
-            environment[variable] = _constrain(layout, equation.name, result, values[variable], inside=inside)
+            environment[variable] = place(variable, equation, result, inside)
     return [read(v) for v in program.outputs]
 
 

@@ -66,6 +66,7 @@ def test_predicted_collectives_equal_the_compiled_ones(case: Case) -> None:
     [
         pytest.param((dp(), tp(2), tp(4), dp(), tp(2, remat="full"), tp(8)), id="zero 0"),
         pytest.param((dp(1), tp(2, zero=1), tp(4, zero=1), dp(2), tp(2, zero=2), tp(8)), id="zero levels"),
+        pytest.param((tp(4, sp=True, zero=1), *[tp(4, sp=True, remat="full")] * 4, tp(4, sp=True)), id="sp"),
     ],
 )
 def test_zero_0_and_1_reduce_gradients_once_a_step_and_the_rest_runs_in_every_microbatch(
