@@ -44,7 +44,9 @@ class Document(Value, frozen=True, kw_only=True):
     @property
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 of the canonical JSON: equal documents, equal fingerprint."""
-        return hashlib.sha256(msgspec.json.encode(self, order="deterministic")).hexdigest()[:16]
+        # as a file would give it back: a whole number in a field of floats is 1 in memory and 1.0 once it was read
+        read = msgspec.json.decode(msgspec.json.encode(self), type=type(self))
+        return hashlib.sha256(msgspec.json.encode(read, order="deterministic")).hexdigest()[:16]
 
 
 D = TypeVar("D", bound=Document)

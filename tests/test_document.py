@@ -62,6 +62,11 @@ def test_fingerprint_differs_only_when_the_document_does() -> None:
     assert plan.fingerprint != msgspec.structs.replace(plan, global_batch=64).fingerprint
 
 
+def test_fingerprint_of_a_whole_number_of_seconds_is_that_of_the_file() -> None:
+    hardware = msgspec.structs.replace(load_hardware("h100"), kernel_launch_s=1)
+    assert hardware.fingerprint == decode(encode(hardware), HardwareProfile, where="text").fingerprint
+
+
 BAD_TEXTS = {
     "empty": ("", "truncated"),
     "truncated": (encode(small_plan())[:200], "truncated"),

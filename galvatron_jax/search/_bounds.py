@@ -7,7 +7,10 @@ the sum of its ``phi`` and ``rest[s](c[s])``. The bottleneck paths count togethe
 
     V[s](i) = min over j of max(m g[s](i, j), g[s](i, j) + 2 transfer + V[s + 1](j)),   g = least forward + backward
 
-Complexity: O(stages * layers^2) for each cut.
+A stage that takes the limit for its microbatches alone, even with the fastest strategies, is part of no solution: what
+stages can hold is a band, the narrower the more stages there are.
+
+Complexity: O(stages * layers * longest stage) for each cut.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ._assignment import Assigner
-from ._knapsack import Floats
+from ._knapsack import Floats, Ints
 from ._paths import Path
 from ._pricing import Prices, message_buffers
 from ._space import Shape
 from ._stage import Weights, normalised
+from ._whole import fastest_seconds
 
 MAX_CUTS = 24
 """Cuts kept for the boundaries; further ones serve only the partition that they come from."""
@@ -34,9 +38,49 @@ class Cut:
 
     path: Path
     least: list[Floats]
-    """``phi`` by stage, by what it holds (``Contents``)."""
+    """``phi`` by stage, by what it holds (``Band``)."""
     rest: list[Floats]
     """Least contribution of the stages from ``k`` on, by their first layer."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Band:
+    """What a stage can hold within the limit, by its first layer and its number of layers."""
+
+    counts_HK: Floats
+    """All distinct layer counts by kind."""
+    held_LW: Ints
+    """Row of ``counts_HK`` by (first layer, layers - 1); -1 past the end of the model."""
+    stop_LW: Ints
+    """Where such a stage ends, at most at the end of the model."""
+
+    @classmethod
+    def of(cls, prices: Prices, most_s: float) -> Band:
+        """Return the stages whose layers take less than ``most_s`` a microbatch with the fastest strategies."""
+        layers = len(prices.order)
+        spent = np.array(fastest_seconds(prices))
+        longest = np.searchsorted(spent, spent[:-1] + most_s, side="right") - np.arange(layers)
+        width = int(max(1, min(layers, longest.max(initial=1))))
+        stop = np.arange(layers)[:, None] + np.arange(1, width + 1)
+        held = np.where(
+            stop <= layers, prices.contents.of_interval[np.arange(layers)[:, None], np.minimum(stop, layers)], -1
+        )
+        rows, of_band = np.unique(held, return_inverse=True)
+        outside = int(rows[0] == -1)
+        return cls(
+            prices.contents.counts_SK[rows[outside:]], of_band.reshape(held.shape) - outside, np.minimum(stop, layers)
+        )
+
+    def ends(self, values: Floats, at: int) -> Floats:
+        """Spread ``values``, by the number of layers of a stage that begins at ``at``, over where it ends."""
+        ends = np.full(len(self.held_LW) + 1, np.inf)
+        inside = self.held_LW[at] >= 0
+        ends[self.stop_LW[at][inside]] = values[inside]
+        return ends
+
+    def count(self, at: int, stop: int) -> int:
+        """Return the row of what a stage from ``at`` to ``stop`` holds; -1 outside of the band."""
+        return int(self.held_LW[at, stop - at - 1]) if stop - at <= self.held_LW.shape[1] else -1
 
 
 @dataclass(slots=True, eq=False)
@@ -49,11 +93,15 @@ class Bounds:
     microbatches: int
     in_flight: tuple[int, ...]
     """By stage."""
+    limit: float
+    """Solutions take less."""
     cuts: list[Cut] = field(default_factory=list)
+    band: Band = field(init=False)
     _joint: _Joint = field(init=False)
 
     def __post_init__(self) -> None:
         """Bound the bottleneck paths."""
+        self.band = Band.of(self.prices, self.limit / self.microbatches)
         self._joint = _Joint.make(self)
 
     @property
@@ -73,28 +121,26 @@ class Bounds:
             rest = [end_of(len(self.prices.order))]
             for s in range(self.shape.slices - 1, -1, -1):
                 after = rest[0] + self._crossing(path, s)
-                rest.insert(0, (least[s][self.prices.contents.of_interval] + after).min(axis=1))
+                rest.insert(0, np.append((least[s][self.band.held_LW] + after[self.band.stop_LW]).min(axis=1), np.inf))
             self.cuts.append(Cut(path, least, rest))
 
     def after(self, cuts: tuple[int, ...]) -> Floats:
         """Return the bound by the end of the next stage, when the stages before begin at ``cuts``."""
         stage, at = len(cuts) - 1, cuts[-1]
         bounds = self._joint.after(cuts)
-        held = self.prices.contents.of_interval
+        held = [self.band.count(*pair) for pair in itertools.pairwise(cuts)]
         for cut in self.cuts:
             before = sum(
-                float(cut.least[k][held[cuts[k], cuts[k + 1]]]) + float(self._crossing(cut.path, k)[cuts[k + 1]])
-                for k in range(stage)
+                float(cut.least[k][held[k]]) + float(self._crossing(cut.path, k)[cuts[k + 1]]) for k in range(stage)
             )
-            ends = cut.least[stage][held[at]] + self._crossing(cut.path, stage) + cut.rest[stage + 1]
-            np.maximum(bounds, before + ends, out=bounds)
+            own = self.band.ends(cut.least[stage][self.band.held_LW[at]], at)
+            np.maximum(bounds, before + own + self._crossing(cut.path, stage) + cut.rest[stage + 1], out=bounds)
         return bounds
 
     def least(self, stage: int, weights: Weights) -> Floats:
         """Return a lower bound on what a stage adds, by what it holds; the last entry, of nothing, is infinite."""
         (unit,), scale = normalised((weights,))
-        counts = self.prices.contents.counts_SK
-        bounds = self.assigner.bounds(unit, self.in_flight[stage], counts, self._least_buffers(stage))
+        bounds = self.assigner.bounds(unit, self.in_flight[stage], self.band.counts_HK, self._least_buffers(stage))
         bounds[np.isfinite(bounds)] *= scale
         return np.append(bounds, np.inf)
 
@@ -136,23 +182,26 @@ class _Joint:
         for s in range(stages - 1, -1, -1):
             one = first[1] if s == 0 else pairs[s]
             busy = first[0] if s == 0 else m * pairs[s]
-            held = bounds.prices.contents.of_interval
-            joint.rest.insert(0, np.maximum(busy[held], one[held] + joint._following(s, joint.rest[0])).min(axis=1))
+            band, following = bounds.band, joint._following(s, joint.rest[0])
+            least = np.maximum(busy[band.held_LW], one[band.held_LW] + following[band.stop_LW]).min(axis=1)
+            joint.rest.insert(0, np.append(least, np.inf))
         return joint
 
     def after(self, cuts: tuple[int, ...]) -> Floats:
         """Return the bound by the end of the next stage, when the stages before begin at ``cuts``."""
         m, stage, at = float(self.bounds.microbatches), len(cuts) - 1, cuts[-1]
-        following, held = self._following(stage, self.rest[stage + 1]), self.bounds.prices.contents.of_interval
+        band, following = self.bounds.band, self._following(stage, self.rest[stage + 1])
         if stage == 0:
-            return np.asarray(np.maximum(self.first[0][held[at]], self.first[1][held[at]] + following))
-        bounds = np.full(len(following), float(self.first[0][held[0, cuts[1]]]))
-        spent = float(self.first[1][held[0, cuts[1]]] + 2 * self.bounds.transfer(0)[cuts[1]])
+            busy, one = (band.ends(first[band.held_LW[0]], 0) for first in self.first)
+            return np.asarray(np.maximum(busy, one + following))
+        held = [band.count(*pair) for pair in itertools.pairwise(cuts)]
+        bounds = np.full(len(following), float(self.first[0][held[0]]))
+        spent = float(self.first[1][held[0]] + 2 * self.bounds.transfer(0)[cuts[1]])
         for s in range(1, stage):
-            pair = float(self.pairs[s][held[cuts[s], cuts[s + 1]]])
+            pair = float(self.pairs[s][held[s]])
             np.maximum(bounds, spent + m * pair, out=bounds)
             spent += pair + 2 * float(self.bounds.transfer(s)[cuts[s + 1]])
-        pairs = self.pairs[stage][held[at]]
+        pairs = band.ends(self.pairs[stage][band.held_LW[at]], at)
         return np.asarray(np.maximum(bounds, spent + np.maximum(m * pairs, pairs + following)))
 
     def _following(self, stage: int, rest: Floats) -> Floats:
@@ -160,27 +209,6 @@ class _Joint:
         if stage == self.bounds.shape.slices - 1:
             return np.where(np.isinf(rest), np.inf, 0.0)
         return np.asarray(rest + 2 * self.bounds.transfer(stage))
-
-
-def whole_seconds(prices: Prices, assigner: Assigner, shape: Shape, microbatches: int) -> list[float]:
-    """Return the least seconds of one microbatch's passes through the first ``n`` layers, at index ``n``.
-
-    The last one with the memory of all slices in one, for layers in fractions and layouts for free; the others without
-    any limit. At one of its fullest moments a slice holds at least one microbatch of each of its stages (gpipe: all).
-    """
-    board = assigner.board(Weights(1.0, 1.0, 0.0), microbatches if shape.schedule == "gpipe" else 1)
-    found = fastest_seconds(prices)
-    smallest = min(float(live.min()) for live in board.live if len(live))
-    counts = np.bincount(prices.order, minlength=len(prices.kinds)).astype(np.float64)
-    room = shape.slices * (assigner.capacity_bytes - smallest)
-    found[-1] = board.relaxation.whole_bound(counts, room)
-    return found
-
-
-def fastest_seconds(prices: Prices) -> list[float]:
-    """Return the least seconds of one microbatch through the first ``n`` layers, at index ``n``."""
-    kinds = [float((kind.forward_s + kind.backward_s).min()) if len(kind.layout) else 0.0 for kind in prices.kinds]
-    return list(itertools.accumulate((kinds[kind] for kind in prices.order.tolist()), initial=0.0))
 
 
 def end_of(layers: int) -> Floats:

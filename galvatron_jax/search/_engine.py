@@ -12,9 +12,9 @@ least when all these are equal: ``G / (1 - (1 - 1/m)^S)``. With several stages e
 
 1. **rough**, without pricing anything: ``G`` counts products and memory-bound traffic, divided by the slice's devices
    (``cost.least_seconds``);
-2. **whole**: ``G`` is the Lagrangian bound of all layers together, with layers in fractions, layouts for free and the
-   memory of all slices in one;
-3. **relaxed**: ``Pipeline.bound_s``, which knows boundaries and each slice's memory.
+2. **whole**: ``G`` is the Lagrangian bound of all layers together, with the memory of every slice and the microbatches
+   in flight there, but with layers in fractions, layouts for free and no boundaries (``_whole``);
+3. **relaxed**: ``Pipeline.bound_s``, which knows boundaries.
 
 The candidate with the lowest bound is taken next, so when the lowest bound left is not below the best solution, that
 solution is the optimum of the whole space: the certificate. When a time limit or a signal stops the search, the
@@ -30,14 +30,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
+
 from ..plan import ScheduleName
 from ._assignment import Assigner
-from ._bounds import whole_seconds
+from ._knapsack import Ints
 from ._partition import Solution
 from ._pipeline import Pipeline
 from ._pricing import PriceList, Prices, Problem, least_bytes
 from ._space import Shape, even_cuts, microbatch_counts, shapes, stage_counts
 from ._stage import ROUNDING
+from ._whole import whole_seconds
 
 
 class Candidate(NamedTuple):
@@ -94,7 +97,7 @@ class Engine:
     """Only plans faster than this are looked for: without one, the space holds none."""
     prices: PriceList = field(init=False)
     _assigners: dict[int, Assigner] = field(default_factory=dict)
-    _cuts: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    _cuts: dict[int, Ints] = field(default_factory=dict)
     _best: tuple[float, Candidate, Solution] | None = None
     _solved: int = 0
     _last_call_s: float | None = None
@@ -156,7 +159,10 @@ class Engine:
         prices = self.prices_of(candidate)
         if prices is None or least_bytes(prices) > candidate.slices * self.problem.budget_bytes:
             return float("inf")
-        least = whole_seconds(prices, self._assigner(prices), candidate.shape, candidate.microbatches)
+        cuts = None if candidate.chunks == 1 else self._even_cuts(candidate.shape.stages)
+        if cuts is not None and not len(cuts):
+            return float("inf")
+        least = whole_seconds(prices, self._assigner(prices), candidate.shape, candidate.microbatches, cuts)
         return self._filled(candidate, least)
 
     def _filled(self, candidate: Candidate, least: Sequence[float]) -> float:
@@ -164,11 +170,11 @@ class Engine:
         m, slices, total = candidate.microbatches, candidate.slices, least[-1]
         if candidate.chunks == 1:
             return total / (1 - (1 - 1 / m) ** slices)
-        every = self._even_cuts(candidate.shape.stages)
-        fill = min((sum(least[at] for at in cuts[1:slices]) for cuts in every), default=float("inf"))
-        return (m * total + fill) / slices
+        begins = self._even_cuts(candidate.shape.stages)[:, 1:slices].T
+        fill = np.array(least)[begins].sum(axis=0).min(initial=np.inf)
+        return float(m * total + fill) / slices
 
-    def _even_cuts(self, stages: int) -> tuple[tuple[int, ...], ...]:
+    def _even_cuts(self, stages: int) -> Ints:
         if stages not in self._cuts:
             self._cuts[stages] = even_cuts(stages, self.prices.work)
         return self._cuts[stages]
@@ -196,7 +202,7 @@ class Engine:
                 if better * candidate.global_batch < self._limit(candidate.global_batch):
                     heapq.heappush(heap, (better, candidate, True, None))
                 return
-            pipeline = self._refine(candidate)
+            pipeline = self.refined(candidate)
             if pipeline is None:
                 return
             heapq.heappush(heap, (max(bound, pipeline.bound_s / candidate.global_batch), candidate, True, pipeline))
@@ -219,7 +225,7 @@ class Engine:
                 if found is not None:
                     self._keep(candidate, found)
 
-    def _refine(self, candidate: Candidate) -> Pipeline | None:
+    def refined(self, candidate: Candidate) -> Pipeline | None:
         """Price a candidate and bound it; None when it has no legal strategies or nothing fits or is fast enough."""
         prices = self.prices_of(candidate)
         if prices is None:

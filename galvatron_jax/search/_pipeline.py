@@ -29,12 +29,14 @@ import numpy as np
 
 from ..schedule import Schedule, build_schedule, in_flight_microbatches, in_flight_units
 from ._assignment import Assigner
-from ._bounds import Bounds, fastest_seconds
+from ._bounds import Bounds
+from ._even import even_bounds
 from ._partition import Partition, Solution
 from ._paths import Path
 from ._pricing import Prices, message_buffers
 from ._space import Shape, even_cuts
 from ._stage import ROUNDING, Section, Span, Weights, normalised
+from ._whole import fastest_seconds
 
 SAME_AGAIN = 4
 """Groups of S microbatches after which an interleaved schedule only repeats itself: the fill takes less than two, the
@@ -83,11 +85,14 @@ class Pipeline:
         if chunks == 1:
             every = range(self.shape.slices)
             in_flight = tuple(fullest_moments(self.shape, self.microbatches, s)[0][0] for s in every)
-            self.bounds = Bounds(self.prices, self.assigner, self.shape, self.microbatches, in_flight)
+            self.bounds = Bounds(self.prices, self.assigner, self.shape, self.microbatches, in_flight, self.limit)
         else:
             self._fastest = fastest_seconds(self.prices)
-            even = even_cuts(self.shape.stages, self.prices.work)
-            self._ranked = [(self._quick_bound_s(boundaries), False, boundaries) for boundaries in even]
+            cuts = even_cuts(self.shape.stages, self.prices.work)
+            bounds = even_bounds(self.prices, self.assigner, self.shape, self.microbatches, cuts, self.limit)
+            self._ranked = [
+                (bound, False, tuple(row)) for bound, row in zip(bounds.tolist(), cuts.tolist(), strict=True)
+            ]
             heapq.heapify(self._ranked)
 
     @property
@@ -172,14 +177,8 @@ class Pipeline:
             yield heapq.heappop(self._ranked)[2]
         self._ranked = ranked
 
-    def _quick_bound_s(self, boundaries: tuple[int, ...]) -> float:
-        """The bottleneck paths with each layer under its fastest strategy."""
-        spent = self._spent(boundaries)
-        own = [self.microbatches * sum(spent[s :: self.shape.slices]) for s in range(self.shape.slices)]
-        return max(fill + seconds for fill, seconds in zip(self._fills(boundaries), own, strict=True))
-
     def _own_bound_s(self, boundaries: tuple[int, ...]) -> float:
-        """The same with the bottleneck's own strategies solved; not always the best bound when it reaches the limit."""
+        """The bottleneck paths with each slice's own strategies solved; no better than needed to reach the limit."""
         bound, m = 0.0, float(self.microbatches)
         for s, fill in reversed(list(enumerate(self._fills(boundaries)))):
             weights = (Weights(m, m, float(s == 0)),) * self.shape.chunks

@@ -22,12 +22,12 @@ device counts.
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from msgspec.structs import replace
 
 from ..cluster import Cluster, divisors
@@ -121,8 +121,8 @@ def shapes(slices: int, microbatches: int, layers: int, limits: Limits) -> tuple
     return tuple(s for s in found if slices == 1 or limits.schedules is None or s.schedule in limits.schedules)
 
 
-def even_cuts(stages: int, work: Sequence[float]) -> tuple[tuple[int, ...], ...]:
-    """Return the boundaries of interleaved stages in the space, each ``(0, ..., layers)``.
+def even_cuts(stages: int, work: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Return the boundaries of interleaved stages in the space: rows ``(0, ..., layers)`` in lexical order.
 
     With K stages, L layers and any phase ``o < K``: stage k begins at layer ``floor((k L + o) / K)``, or at the layer
     nearest to the share ``(k - o / K) / K`` of the work.
@@ -131,18 +131,21 @@ def even_cuts(stages: int, work: Sequence[float]) -> tuple[tuple[int, ...], ...]
         stages: How many.
         work: Seconds of the first ``n`` layers, at index ``n``.
     """
-    layers, found = len(work) - 1, set()
-    for phase in range(stages):
-        by_number = [(k * layers + phase) // stages for k in range(1, stages)]
-        by_work = [_nearest(work, (k - phase / stages) / stages * work[-1]) for k in range(1, stages)]
-        found |= {(0, *by_number, layers), (0, *by_work, layers)}
-    return tuple(sorted(cuts for cuts in found if all(a < b for a, b in itertools.pairwise(cuts))))
+    layers, rising = len(work) - 1, np.array(work)
+    stage, phase = np.arange(1, stages), np.arange(stages)[:, None]
+    by_number = (stage * layers + phase) // stages
+    by_work = _nearest(rising, (stage - phase / stages) / stages * rising[-1])
+    inner = np.concatenate([by_number, by_work])
+    ends = np.zeros((len(inner), 1), np.int64), np.full((len(inner), 1), layers)
+    cuts = np.concatenate([ends[0], inner, ends[1]], axis=1)
+    return np.unique(cuts[(np.diff(cuts, axis=1) > 0).all(axis=1)], axis=0)
 
 
-def _nearest(rising: Sequence[float], value: float) -> int:
-    """Index of the entry nearest to ``value``; the first of equally near ones."""
-    at = bisect_left(rising, value)
-    return at if at == 0 or rising[at] - value < value - rising[at - 1] else at - 1
+def _nearest(rising: npt.NDArray[np.float64], values: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Index of the entry nearest to each value; the first of equally near ones."""
+    at = np.searchsorted(rising, values)
+    below = rising[np.maximum(at - 1, 0)]
+    return np.where((at == 0) | (rising[at] - values < values - below), at, at - 1)
 
 
 def microbatch_counts(global_batch: int, limits: Limits) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from galvatron_jax.search._engine import Candidate, Engine
@@ -23,7 +25,8 @@ def test_search_on_a_small_problem_equals_brute_force(seed: int) -> None:
     for share in TIGHTNESS:
         check_optimum(small, tried, quantile(peaks, share))
     assert Engine(small.problem(min(peaks) - 64), small.batches).run().candidate is None
-    check_bounds(small, tried)
+    check_bounds(small, tried, 1e18)
+    check_bounds(small, tried, quantile(peaks, TIGHTNESS[2]))
 
 
 def check_optimum(small: Small, tried: list[Tried], budget: int) -> None:
@@ -39,10 +42,18 @@ def check_optimum(small: Small, tried: list[Tried], budget: int) -> None:
     assert peak_bytes(plan) <= budget
 
 
-def check_bounds(small: Small, tried: list[Tried]) -> None:
-    engine = Engine(small.problem(1e18), small.batches)
-    bounds = {c: max(engine.rough_bound_s(c), engine.whole_bound_s(c)) for c in engine.candidates()}
-    for seconds_per_sample, _, plan in tried:
+def check_bounds(small: Small, tried: list[Tried], budget: float) -> None:
+    """No bound of a candidate is above the best of its plans that fit."""
+    engine = Engine(small.problem(budget), small.batches)
+    best: dict[Candidate, float] = {}
+    for seconds_per_sample, peak, plan in tried:
         candidate = Candidate(plan.slices, plan.global_batch, plan.microbatches, plan.schedule, plan.chunks)
-        bound_s = bounds.get(candidate, 0.0)  # gpipe of one microbatch is not in the list: it is 1f1b
-        assert bound_s <= seconds_per_sample * plan.global_batch * (1 + SAME)
+        if peak <= budget:
+            best[candidate] = min(best.get(candidate, math.inf), seconds_per_sample * plan.global_batch)
+    for candidate in engine.candidates():  # gpipe of one microbatch is not among them: it is 1f1b
+        most = best.get(candidate, math.inf) * (1 + SAME)
+        assert engine.rough_bound_s(candidate) <= most
+        assert engine.whole_bound_s(candidate) <= most
+        pipeline = engine.refined(candidate)
+        assert pipeline is None or pipeline.bound_s <= most
+        assert pipeline is not None or candidate not in best
