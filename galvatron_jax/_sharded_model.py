@@ -22,7 +22,7 @@ from .cluster import Cluster
 from .errors import GalvatronError, PlanError, UnsupportedError
 from .hardware import load_hardware
 from .plan import Plan, Training, check_plan
-from .profile import HardwareProfile
+from .profile import HardwareProfile, ModelProfile
 from .runtime import LinkName, PipelinePrograms, StagePrograms, TrainState, agree, in_turn, plan_model, stage_mesh
 from .search import describe_plan, find_plan
 
@@ -68,6 +68,8 @@ class ShardedModel:
         self._programs: Programs | None = None
         self._state: Any = None
         self._steps = 0
+        self._most_stages: int | None = None
+        """1 where the model or the optimizer cannot be cut."""
 
     def prepare(self, batch: Any) -> Plan:
         """Analyse, search and build the state for batches shaped like ``batch``; return the plan.
@@ -147,8 +149,8 @@ class ShardedModel:
         """Return the state in the user's own structure, whatever the plan: what a checkpoint holds.
 
         Leaves are global arrays of the user's shapes, on the devices where the plan keeps them: of a pipelined plan on
-        those of the first stage that holds the leaf. Where a process has none of them, the leaf is a handle without
-        data.
+        those of the first stage that holds the leaf, or, when some process has none of these, spread over the devices
+        of all stages. So every process holds a part of every leaf.
         """
         programs: Any = self._ready_programs()
         neutral: TrainState = in_turn(programs.to_user(self.state))
@@ -187,6 +189,17 @@ class ShardedModel:
         copied = programs.to_cluster if isinstance(programs, PipelinePrograms) else lambda leaf: leaf.copy()
         trace = self._analysis.trace
         return trace.model.restore(*trace.rows.together(*jax.tree.map(copied, (state.parameters, state.model_state))))
+
+    def next_plan(self, hardware: HardwareProfile, *, max_stages: int | None = None, max_tp: int | None = None) -> Plan:
+        """Search a plan for the same batch with other figures or narrower limits; what is in use stays as it is.
+
+        Raises:
+            GalvatronError: no batch has been seen yet.
+            InfeasibleError: nothing fits.
+        """
+        if self._analysis is None:
+            raise GalvatronError("there is no analysis yet", action="call prepare(batch) or step(batch) first")
+        return self._found(self._analysis.profile, hardware, self.plan.global_batch, max_stages, max_tp)
 
     def explain(self) -> str:
         """Return as text what runs where and what it should cost; and, after the first batch, what the analysis found.
@@ -252,10 +265,11 @@ class ShardedModel:
     def _search_and_build(self, batch: Any, samples: int) -> Programs:
         """Search a plan and build its programs; of one stage, where stages cannot be cut."""
         try:
-            self._plan = self._search(batch, samples, max_stages=None)
+            self._plan = self._search(batch, samples)
             return self._build(batch, self._plan)
         except UnsupportedError:
-            self._plan = self._search(batch, samples, max_stages=1)
+            self._most_stages = 1
+            self._plan = self._search(batch, samples)
             return self._build(batch, self._plan)
 
     def _analyse(self, batch: Any, samples: int, name: str | None = None) -> Analysis:
@@ -265,9 +279,18 @@ class ShardedModel:
             self._analysis = analyse_model(self._source, self._loss, spec, name=name, layers=self._layers)
         return self._analysis
 
-    def _search(self, batch: Any, samples: int, max_stages: int | None) -> Plan:
+    def _search(self, batch: Any, samples: int) -> Plan:
         profile = self._analyse(batch, samples).profile
-        hardware = self._hardware or load_hardware(self._cluster.gpu)
+        return self._found(profile, self._hardware or load_hardware(self._cluster.gpu), samples, None, None)
+
+    def _found(
+        self,
+        profile: ModelProfile,
+        hardware: HardwareProfile,
+        samples: int,
+        max_stages: int | None,
+        max_tp: int | None,
+    ) -> Plan:
         # This version runs attention as XLA compiles it, scores in memory: a plan must not count on a fused kernel.
         hardware = msgspec.structs.replace(hardware, fused_attention=False)
         return find_plan(
@@ -275,7 +298,8 @@ class ShardedModel:
             self._cluster,
             hardware,
             global_batches=(samples,),
-            max_stages=max_stages,
+            max_stages=max_stages or self._most_stages,
+            max_tp=max_tp,
             training=self._training(),
         ).plan
 

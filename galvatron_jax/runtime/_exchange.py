@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ._links import PIPE, LinkName, connect
 from ._mesh import StageMesh
-from ._placing import is_here, key_data, named, restrict
+from ._placing import is_here, key_data, named, remote_array, restrict
 from ._turns import in_turn
 
 Vectors = list[Any]
@@ -58,26 +58,59 @@ class Exchange:
         everywhere = [in_turn(self._gather(array)) for array in joined]  # one by one: see _links._permute
         return [self._on_slice(stage, everywhere) for stage in self._slices]
 
-    def spread(self, leaf: jax.Array, link: LinkName) -> jax.Array:
-        """Return a copy of an array of one slice that is spread over the devices of all slices.
+    def spread_place(self, leaf: Any) -> NamedSharding:
+        """Return where ``spread`` puts an array of one slice.
 
         Its first whole dimension that the number of slices divides is sharded over them, so that a device holds no more
-        than its part of the model; an array without one is copied to every slice. All processes call it.
+        than its part of the model; an array without one, and random keys, are copied to every slice.
+
+        Args:
+            leaf: Its shape, dtype and sharding.
         """
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            keys: jax.Array = jax.random.wrap_key_data(
-                self.spread(key_data(leaf), link), impl=jax.random.key_impl(leaf)
-            )
-            return keys
-        place, count = named(leaf), len(self._slices)
-        spec = [*place.spec, *[None] * (leaf.ndim - len(place.spec))]
+        if _is_key(leaf):
+            return self.everywhere
+        spec = [*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec))]
+        count = len(self._slices)
         cut = next((d for d, size in enumerate(leaf.shape) if spec[d] is None and size % count == 0), None)
-        parts = [self._part(leaf, s, cut, link) for s in range(count)]
         if cut is not None:
             spec[cut] = PIPE
+        return NamedSharding(self._mesh, PartitionSpec(*spec))
+
+    def spread(self, leaf: jax.Array, link: LinkName) -> jax.Array:
+        """Return a copy of an array of one slice that is spread over the devices of all slices; all processes call it.
+
+        An array that is on all of them already is returned as it is.
+        """
+        if named(leaf).mesh == self._mesh:
+            return leaf
+        if _is_key(leaf):
+            words = self._spread(key_data(leaf), None, self.everywhere, link)
+            keys: jax.Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+            return keys
+        place = self.spread_place(leaf)
+        cut = next((d for d, axis in enumerate(place.spec) if axis == PIPE), None)
+        return self._spread(leaf, cut, place, link)
+
+    def collect(self, leaf: jax.Array, place: NamedSharding) -> jax.Array:
+        """Return a spread array on the slice of ``place``, a handle in a process without it; all processes call it.
+
+        For a moment every slice holds the whole of this one array, as ``place`` shards it.
+        """
+        if named(leaf).mesh != self._mesh or place.mesh == self._mesh:
+            return leaf
+        if _is_key(leaf):
+            words = self.collect(key_data(leaf), NamedSharding(place.mesh, PartitionSpec()))
+            keys: jax.Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+            return keys
+        whole = in_turn(_copier(NamedSharding(self._mesh, place.spec))(leaf))
+        if is_here(place):
+            return restrict(whole, place)
+        return remote_array(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+
+    def _spread(self, leaf: jax.Array, cut: int | None, place: NamedSharding, link: LinkName) -> jax.Array:
+        parts = [self._part(leaf, number, cut, link) for number in range(len(self._slices))]
         shards = [shard.data for part in parts if part is not None for shard in part.addressable_shards]
-        whole = NamedSharding(self._mesh, PartitionSpec(*spec))
-        spread: jax.Array = jax.make_array_from_single_device_arrays(leaf.shape, whole, shards)
+        spread: jax.Array = jax.make_array_from_single_device_arrays(leaf.shape, place, shards)
         return spread
 
     def _part(self, leaf: jax.Array, slice_: int, cut: int | None, link: LinkName) -> jax.Array | None:
@@ -95,11 +128,20 @@ class Exchange:
 
     @functools.cached_property
     def _gather(self) -> Callable[[jax.Array], jax.Array]:
-        return jax.jit(lambda array: array, out_shardings=self.everywhere)
+        return _copier(self.everywhere)
 
     def _on_slice(self, stage: StageMesh, arrays: Vectors) -> Vectors | None:
         place = stage.replicated
         return [restrict(array, place) for array in arrays] if is_here(place) else None
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+@functools.cache
+def _copier(place: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=place)
 
 
 @functools.cache

@@ -109,7 +109,7 @@ class PipelinePrograms:
         return self._states.to_stored(state)
 
     def to_cluster(self, leaf: jax.Array) -> jax.Array:
-        """Return a copy of a leaf of the neutral state that is spread over the devices of all stages."""
+        """Return a leaf of the neutral state spread over the devices of all stages; a copy, unless it is so already."""
         return self._states.to_cluster(leaf)
 
     # ----------------------------------------------------------------------------------------------------------- steps

@@ -1,8 +1,9 @@
 """The state of a pipelined plan: built, adopted, and in the user's own structure.
 
 Stored, it is one ``StageState`` for each stage, on the stage's devices; a process holds those that have devices of its
-own. In the neutral form each leaf is a global array of the user's shape on the devices of the first stage that holds it
-(a handle without data in a process that has none of these); what every stage keeps is replicated on all devices.
+own. In the neutral form each leaf is a global array of the user's shape of which every process holds a part: on the
+devices of the first stage that has it, when these are in all processes; else spread over the devices of all stages.
+What every stage keeps is replicated on all devices.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from jax.sharding import NamedSharding
 from ..analysis import Analysis
 from ._cut_optimizer import CutOptimizer
 from ._links import LinkName, connect
-from ._pipeline_stage import PipelineStage, StageState
-from ._placing import adopt_leaf, everywhere, is_here, key_data, remote_array, restrict
+from ._pipeline_stage import PipelineStage, StageState, UserLeaves
+from ._placing import adopt_leaf, everywhere, is_here, key_data, process_indexes, remote_array, restrict
 from ._step import TrainState
 from ._turns import in_turn
 from ._wiring import Wiring, weight_place
@@ -76,6 +77,19 @@ class PipelineStates:
     @functools.cached_property
     def abstract_neutral(self) -> TrainState:
         """Shape, dtype and place of each leaf of the neutral state."""
+        exchange = self._wiring.exchange
+        everyone = process_indexes(self._whole)
+
+        def shared(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            place = leaf.sharding if process_indexes(leaf.sharding) == everyone else exchange.spread_place(leaf)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        neutral: TrainState = jax.tree.map(shared, self._homes)
+        return neutral
+
+    @functools.cached_property
+    def _homes(self) -> TrainState:
+        """The same with each leaf on the devices of the first stage that holds it."""
         parameters: dict[int, NamedSharding] = {}
         optimizer: dict[int, NamedSharding] = {}
         state: dict[int, NamedSharding] = {}
@@ -93,6 +107,16 @@ class PipelineStates:
 
     def to_user(self, states: States) -> TrainState:
         """Return the neutral state; copies."""
+        held, homes, neutral = self._held(states), self._homes, self.abstract_neutral
+        return TrainState(
+            parameters=self._shared(homes.parameters, neutral.parameters, held.parameters),
+            optimizer=self._shared(homes.optimizer, neutral.optimizer, held.optimizer),
+            model_state=self._shared(homes.model_state, neutral.model_state, held.model_state),
+            step=held.step,
+        )
+
+    def _held(self, states: States) -> UserLeaves:
+        """Return copies of what the stages of this process hold; what several hold is the first one's."""
         found = [
             in_turn(stage.to_user(state))
             for stage, state in zip(self._stages, states, strict=True)
@@ -101,21 +125,29 @@ class PipelineStates:
         parameters: Leaves = {}
         optimizer: Leaves = {}
         model_state: Leaves = {}
-        for leaves in reversed(found):  # what several stages hold is taken from the first one
+        for leaves in reversed(found):
             parameters |= leaves.parameters
             optimizer |= leaves.optimizer
             model_state |= leaves.model_state
         shared = {i: everywhere([leaves.optimizer[i] for leaves in found], self._whole) for i in self._cut.shared_state}
-        abstract = self.abstract_neutral
-        return TrainState(
-            parameters=_with_handles(abstract.parameters, parameters),
-            optimizer=_with_handles(abstract.optimizer, optimizer | shared),
-            model_state=_with_handles(abstract.model_state, model_state),
-            step=everywhere([leaves.step for leaves in found], self._whole),
-        )
+        step = everywhere([leaves.step for leaves in found], self._whole)
+        return UserLeaves(parameters, optimizer | shared, model_state, step)
+
+    def _shared(self, homes: Any, neutral: Any, held: Leaves) -> Any:
+        """Return the neutral tree of the ``held`` leaves; each copy goes as soon as it is spread.
+
+        A process that has only a later holder of a leaf has no more than a handle of it: all see the first one's array.
+        """
+        leaves = []
+        for i, (home, place) in enumerate(zip(jax.tree.leaves(homes), jax.tree.leaves(neutral), strict=True)):
+            leaf = held.pop(i) if is_here(home.sharding) else remote_array(home)
+            leaves.append(leaf if place.sharding == home.sharding else self.to_cluster(leaf))
+        return jax.tree.unflatten(jax.tree.structure(homes), leaves)
 
     def to_stored(self, state: TrainState) -> States:
         """Return the stored state from a neutral one, placed as ``abstract_neutral`` says; copies."""
+        collect = self._wiring.exchange.collect
+        state = jax.tree.map(lambda leaf, home: collect(leaf, home.sharding), state, self._homes)
         parameters, optimizer = jax.tree.leaves(state.parameters), jax.tree.leaves(state.optimizer)
         mirrored, copied = self._mirror(parameters), self._copy_state(jax.tree.leaves(state.model_state))
 
@@ -132,7 +164,7 @@ class PipelineStates:
         return self._on_each(stored)
 
     def to_cluster(self, leaf: jax.Array) -> jax.Array:
-        """Return a copy of a neutral leaf that is spread over the devices of all stages."""
+        """Return a neutral leaf spread over the devices of all stages; a copy, unless it is so already."""
         return self._wiring.exchange.spread(leaf, self._link)
 
     # ---------------------------------------------------------------------------------------------------------- pieces
@@ -182,13 +214,3 @@ def _with_places(tree: Any, places: Mapping[int, NamedSharding]) -> Any:
     leaves, structure = jax.tree.flatten(tree)
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[i]) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(structure, placed)
-
-
-def _with_handles(abstract: Any, found: Leaves) -> Any:
-    """Return the tree of ``found`` leaves, with handles for those of other processes.
-
-    A process that has only a later holder of a leaf has no more than a handle of it: all see the first one's array.
-    """
-    leaves, structure = jax.tree.flatten(abstract)
-    here = [is_here(leaf.sharding) for leaf in leaves]
-    return jax.tree.unflatten(structure, [found[i] if here[i] else remote_array(x) for i, x in enumerate(leaves)])

@@ -94,3 +94,9 @@ def named(array: jax.Array) -> NamedSharding:
 def is_here(place: NamedSharding) -> bool:
     """Tell whether this process has a device of ``place``."""
     return bool(place.addressable_devices)
+
+
+def process_indexes(place: NamedSharding) -> frozenset[int]:
+    """Return which processes have a device of ``place``."""
+    devices: set[Any] = place.device_set
+    return frozenset(device.process_index for device in devices)

@@ -55,6 +55,7 @@ def _train(config: RunConfig, given: argparse.Namespace) -> int:
         override_config=given.override_config,
         allow_mismatch=given.allow_mismatch,
         retry_oom=given.retry_oom,
+        retry_failed=given.retry_failed,
     )
     outcome = trainer.run()
     if place is not None and place.process > 0:
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--override-config", action="store_true", help="resume with another learning rate or number of steps")
     add("--allow-mismatch", action="store_true", help="run a plan for another mesh on equally many devices")
     add("--retry-oom", type=int, default=0, metavar="N", help="plan again up to N times when memory runs out")
+    add("--retry-failed", type=int, default=0, metavar="N", help="take a simpler plan up to N times when XLA fails")
     add("--debug", action="store_true", help="tracebacks")
     return parser
 

@@ -169,9 +169,11 @@ class PolicyConfig(Value, frozen=True, kw_only=True):
     """NaN or infinity in loss or gradients: stop (exit 5), leave the update out, or go back to the last checkpoint and
     go on behind the bad batch. Never is such an update applied."""
     max_skipped: Count = 10
-    """Updates left out (or rollbacks) after which the run stops all the same."""
+    """Updates left out (or rollbacks) after which the run stops all the same, and spikes are only reported."""
     spike_sigma: Positive = 6.0
-    """A loss so many standard deviations above the mean of the window is reported with its batch; its update stays."""
+    """A loss so many standard deviations above the mean of the window is a spike; it is reported with its batch."""
+    spike: Literal["warn", "rollback"] = "warn"
+    """Keep the update of a spike, or leave it out: go back to the last checkpoint and on behind its batch."""
     spike_window: Annotated[int, msgspec.Meta(ge=8, le=10_000)] = 100
     stall_s: Positive = 120.0
     """Least time without progress after which all stacks are written; 20 times the usual step when that is longer.

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import jax
 
-from ..errors import DistributedError, ToolchainError
+from ..errors import DistributedError, GalvatronError, ToolchainError
 from ..plan import Plan
 from ._memory import is_out_of_memory, memory_error
 from ._plans import HARDWARE_NAME
 
 
-def translate(error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> Exception:
+def translate(error: jax.errors.JaxRuntimeError, plan: Plan, when: str, offer: str) -> GalvatronError:
     """Return the error to raise in place of one of XLA.
 
     Args:
         error: What XLA raised.
         plan: What was run.
         when: During what.
+        offer: Says which plan could be taken in its place.
     """
     if is_out_of_memory(error):
         return memory_error(
             error,
             plan,
             when,
-            "start again without [run] plan: the search then leaves more memory free (what was learnt is in"
+            f"{offer}; start again without [run] plan: the search then leaves more memory free (what was learnt is in"
             f" {HARDWARE_NAME} of the run's folder); or add --retry-oom 1",
         )
     if jax.process_count() > 1:
@@ -36,5 +37,5 @@ def translate(error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> Excep
     return ToolchainError(
         f"XLA failed: {str(error)[:500]}",
         where=when,
-        action="try another plan: search with --no-pp, --max-tp 1 or another --global-batch; --debug shows more",
+        action=f"{offer}; take it with --plan, or add --retry-failed 1; --debug shows more",
     )

@@ -26,7 +26,7 @@ from ._attempt import ATTEMPT_VARIABLE
 VARIABLE = "GALVATRON_FAULTS"
 
 Point = Literal["compile", "before_step", "after_step", "in_loader", "before_save", "mid_save", "before_commit"]
-Kind = Literal["kill", "terminate", "exit", "stall", "slow", "out_of_memory", "disk_full", "interrupt"]
+Kind = Literal["kill", "terminate", "exit", "stall", "slow", "out_of_memory", "xla_failure", "disk_full", "interrupt"]
 
 
 class Fault(Value, frozen=True, kw_only=True):
@@ -99,6 +99,10 @@ def _out_of_memory(_: Fault) -> None:
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.")
 
 
+def _xla_failure(_: Fault) -> None:
+    raise jax.errors.JaxRuntimeError("INTERNAL: the compiler failed")
+
+
 def _disk_full(_: Fault) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -111,5 +115,6 @@ _KINDS: dict[Kind, Callable[[Fault], None]] = {
     "stall": _sleep,
     "slow": _sleep,
     "out_of_memory": _out_of_memory,
+    "xla_failure": _xla_failure,
     "disk_full": _disk_full,
 }

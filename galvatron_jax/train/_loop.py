@@ -219,13 +219,17 @@ class Loop:
             saved = self.store.steps
             resume = f"the last checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
         verdict = self.judge.judge(flight.step, flight.batch, loss, norm, finite=finite, resume=resume)
-        if verdict is Verdict.ROLL_BACK:
-            self._roll_back(flight)
+        if verdict is not Verdict.ROLL_BACK:
+            return
+        self._report_save(self.store.finish())
+        if finite and not self.store.steps:
+            self.reporter.say(f"step {flight.step} is kept: there is no checkpoint yet to go back to")
+            return
+        self._roll_back(flight)
 
     def _roll_back(self, flight: InFlight) -> None:
         """Go back to the last checkpoint, and on with the batch behind the bad one."""
         self._in_flight.clear()
-        self._report_save(self.store.finish())
         self._watch("rollback", "rollback")
         abstract = self.sharded.abstract_state()
         if self.store.steps:
@@ -238,10 +242,13 @@ class Loop:
                 action="save earlier ([checkpoint] every), or choose skip",
             )
         self.sharded.restore_state(restored.state)
-        self.step = restored.checkpoint.step
+        progress = restored.checkpoint.progress
+        self.judge.recall(progress.losses, skipped=progress.skipped_steps, rollbacks=self.judge.rollbacks)
+        self.step = progress.step
         self._saved_step = self.step
         self.loader.seek(flight.batch + 1)
         self.reporter.say(f"rolled back to step {self.step}; batch {flight.batch} is left out")
+        self._go_on()
 
     def _drain(self) -> None:
         while self._in_flight:
@@ -251,7 +258,7 @@ class Loop:
         # Updates left out do not count for the optimizer, whose schedule this is.
         if self.learning_rate is None:
             return 0.0
-        return float(self._rate_at(np.int32(max(0, step - 1 - self.judge.left_out))))
+        return float(self._rate_at(np.int32(max(0, step - 1 - self.judge.skipped))))
 
     # --------------------------------------------------------------------------------------------------- between steps
     def _after_step(self) -> None:
@@ -290,7 +297,8 @@ class Loop:
                 data=self.data_fingerprint,
                 config=self.config_fingerprint,
                 losses=self.judge.losses,
-                skipped_steps=self.judge.left_out,
+                skipped_steps=self.judge.skipped,
+                rollbacks=self.judge.rollbacks,
             )
             self._saved_step, self._retry_at = self.step, None
             event = self.store.save(self.sharded.neutral_state(), progress, self.sharded.plan)

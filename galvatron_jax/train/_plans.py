@@ -102,11 +102,12 @@ def describe_change(before: Plan, after: Plan) -> str:
     """Say in one line what differs between the plan that a checkpoint was made under and the present one."""
     if before == after:
         return ""
-    old, new = _plan_text(before), _plan_text(after)
+    old, new = plan_text(before), plan_text(after)
     return f"checkpoint made under {old}; goes on under {new}" if old != new else "goes on under another plan"
 
 
-def _plan_text(plan: Plan) -> str:
+def plan_text(plan: Plan) -> str:
+    """Say in one line what a plan is."""
     runs = [f"{run.count} {run.kind} {run.strategy}" for stage in plan.stages for run in stage.runs]
     stages = f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
     return f"{plan.cluster.mesh} {plan.cluster.gpu}, {stages}, {plan.microbatches} microbatches [{'; '.join(runs)}]"

@@ -7,8 +7,10 @@ the clocks of its GPUs. A device that is slow while NVML cannot be read shows as
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import statistics
+from typing import Any
 
 import msgspec
 
@@ -34,7 +36,7 @@ class RankStatistics(msgspec.Struct, frozen=True):
     clock_mhz: int
     """Of its slowest GPU; 0 when not known."""
     condition: str
-    """Temperature and throttle reasons, as far as NVML tells."""
+    """Clock, temperature, memory errors and throttle reasons, as far as NVML tells."""
 
 
 class StragglerWatch:
@@ -93,17 +95,53 @@ class StragglerWatch:
         return named
 
 
+THROTTLE_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "heat (software)",
+    0x40: "heat (hardware)",
+    0x80: "power brake",
+}
+"""Bits of NVML's clock event reasons that slow a busy GPU down; idling and set clocks are none."""
+
+NVML_NAMES = (
+    "nvmlInit",
+    "nvmlDeviceGetCount",
+    "nvmlDeviceGetHandleByIndex",
+    "nvmlDeviceGetClockInfo",
+    "nvmlDeviceGetTemperature",
+    "nvmlDeviceGetTotalEccErrors",
+    "nvmlDeviceGetCurrentClocksThrottleReasons",
+    "NVML_CLOCK_SM",
+    "NVML_TEMPERATURE_GPU",
+    "NVML_MEMORY_ERROR_TYPE_UNCORRECTED",
+    "NVML_VOLATILE_ECC",
+)
+"""All that is asked of ``pynvml``."""
+
+
 def gpu_condition() -> tuple[int, str]:
-    """Return (clock of the slowest local GPU in MHz, its condition); (0, "") where NVML cannot be read."""
+    """Return (clock of the slowest GPU of this machine in MHz, its condition); (0, "") where NVML cannot be read."""
     try:
         import pynvml
 
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        clocks = [int(pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_SM)) for h in handles]
-        slowest = min(range(len(handles)), key=clocks.__getitem__)
-        heat = pynvml.nvmlDeviceGetTemperature(handles[slowest], pynvml.NVML_TEMPERATURE_GPU)
-        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handles[slowest])
+        return slowest_gpu(pynvml)
     except Exception:  # no driver, no library, no right: all mean "not known"
         return 0, ""
-    return clocks[slowest], f"{slowest}: {clocks[slowest]} MHz, {heat} °C, throttle reasons {reasons:#x}"
+
+
+def slowest_gpu(nvml: Any) -> tuple[int, str]:
+    """Return (clock in MHz, condition) of the GPU with the lowest clock, as the library ``nvml`` tells it."""
+    nvml.nvmlInit()
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    clocks = [int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)) for handle in handles]
+    slowest = min(range(len(handles)), key=clocks.__getitem__)
+    heat = nvml.nvmlDeviceGetTemperature(handles[slowest], nvml.NVML_TEMPERATURE_GPU)
+    bits = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handles[slowest])
+    reasons = ", ".join(text for bit, text in THROTTLE_REASONS.items() if bits & bit) or "nothing"
+    condition = f"{slowest}: {clocks[slowest]} MHz, {heat} °C, slowed by {reasons}"
+    with contextlib.suppress(Exception):  # not every GPU counts them
+        kind, counter = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        errors = nvml.nvmlDeviceGetTotalEccErrors(handles[slowest], kind, counter)
+        condition += f", {errors} memory errors (ECC)"
+    return clocks[slowest], condition

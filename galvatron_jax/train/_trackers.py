@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +69,8 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise _missing("tensorboard", "tensorboardX") from None
-        self._writer: Any = SummaryWriter(str(folder))
+        # Two starts within a second would write one file, and the second would wipe out the first.
+        self._writer: Any = SummaryWriter(str(folder), filename_suffix=f".{time.time_ns()}")
 
     def track(self, step: int, metrics: Metrics) -> None:
         """See ``Tracker``."""
@@ -84,10 +87,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases; a resumed one goes on in the same run."""
+    """A run at Weights & Biases, known by the path of its folder; a resumed one goes on in the same run."""
 
     def __init__(self, project: str, folder: Path) -> None:
-        """Start or resume the run called like the folder.
+        """Start or resume the run of ``folder``.
 
         Raises:
             ConfigError: the extra is not installed.
@@ -96,11 +99,15 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise _missing("wandb", "wandb") from None
-        self._run: Any = wandb.init(project=project, name=folder.name, id=folder.name, dir=str(folder), resume="allow")
+        # Folders of equal names are other runs, and W&B refuses many characters in an id.
+        own = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(project=project, name=folder.name, id=own, dir=str(folder), resume="allow")
+        # W&B's own steps only grow, and it drops what a run says that went back to a checkpoint; ours are a metric.
+        self._run.define_metric("*", step_metric="step")
 
     def track(self, step: int, metrics: Metrics) -> None:
         """See ``Tracker``."""
-        self._run.log(dict(_numbers(metrics)), step=step)
+        self._run.log({"step": step, **dict(_numbers(metrics))})
 
     def flush(self) -> None:
         """See ``Tracker``."""

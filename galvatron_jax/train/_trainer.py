@@ -24,9 +24,10 @@ from flax import nnx
 
 from .._auto_shard import auto_shard
 from .._sharded_model import ShardedModel
+from .._text import clean
 from .._weights import Weights
 from ..analysis import Loss
-from ..errors import ConfigError, DeviceMemoryError, UnsupportedError
+from ..errors import ConfigError, DeviceMemoryError, GalvatronError, ToolchainError
 from ..models import next_token_loss
 from ..plan import Plan, save_plan
 from ..profile import HardwareProfile
@@ -41,6 +42,7 @@ from ._identity import check_same_run, fingerprint, read_config, write_config
 from ._judge import Judge
 from ._loop import Loop, Outcome, free_state
 from ._memory import is_out_of_memory, learn_margin
+from ._next_plan import Limits, offer_plan, simpler_than
 from ._plans import PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
 from ._preflight import check_preflight, gather_facts
 from ._profile_window import ProfileWindow
@@ -76,6 +78,7 @@ class AutoTrainer:
         override_config: bool = False,
         allow_mismatch: bool = False,
         retry_oom: int = 0,
+        retry_failed: int = 0,
         weights: Weights | None = None,
     ) -> None:
         """Hold the parts; nothing happens before ``run``.
@@ -94,6 +97,7 @@ class AutoTrainer:
             override_config: Let a resumed run change the learning rate and the number of steps.
             allow_mismatch: Run a plan for another mesh or kind of GPU on equally many devices.
             retry_oom: How often to plan again, with more memory held back, when a device runs out of it.
+            retry_failed: How often to take the next simpler plan when XLA fails on one.
             weights: What a new run begins with (``auto_shard``); by default fresh values.
         """
         steps = config.run.steps
@@ -104,7 +108,9 @@ class AutoTrainer:
         self._learning_rate = learning_rate or (schedule if optimizer is None else None)
         self._data: Windows | None = None if data is None else _as_windows(data)
         self._vocab, self._plan, self._hardware, self._weights = vocab, plan, hardware, weights
-        self._override, self._allow_mismatch, self._retry_oom = override_config, allow_mismatch, retry_oom
+        self._override, self._allow_mismatch = override_config, allow_mismatch
+        self._retries: dict[type, int] = {DeviceMemoryError: retry_oom, ToolchainError: retry_failed}
+        self._next: Plan | None = None
         self.sharded: ShardedModel | None = None
         """The model in training, once ``run`` has begun."""
 
@@ -141,16 +147,23 @@ class AutoTrainer:
         ranks = current_ranks()
         faults = planned_faults(os.environ, rank=ranks.index)
         with watch_signals() as request, watch_compiles() as compiles:
-            for retries in range(self._retry_oom, -1, -1):
+            while True:
                 try:
                     return self._attempt(ranks, faults, request, compiles)
-                except DeviceMemoryError as error:
-                    if not retries or ranks.count > 1:  # the others are not at this point: all must start again
+                except (DeviceMemoryError, ToolchainError) as error:
+                    if not self._may_retry(error, ranks):
                         raise
-                    _log.warning("%s; planning again with more memory held back", error.message)
-                    self._plan = None
-                    self._config = _without_plan(self._config)
-        raise AssertionError("the last attempt returns or raises")
+                    _log.warning("%s; going on under another plan", error.message)
+
+    def _may_retry(self, error: DeviceMemoryError | ToolchainError, ranks: Ranks) -> bool:
+        """Tell whether to plan again in this process, and prepare it."""
+        self._retries[type(error)] -= 1
+        # Of several processes the others are not at this point: all must start again.
+        if self._retries[type(error)] < 0 or ranks.count > 1 or self._next is None:
+            return False
+        self._plan, self._next = self._next, None
+        self._config = _without_plan(self._config)
+        return True
 
     # --------------------------------------------------------------------------------------------------------- attempts
     def _attempt(self, ranks: Ranks, faults: FaultPlan, request: StopRequest, compiles: CompileWatch) -> Outcome:
@@ -162,7 +175,7 @@ class AutoTrainer:
             try:
                 outcome = loop.run()
             except jax.errors.JaxRuntimeError as error:
-                raise self._translated(error, loop.sharded.plan, f"step {loop.step + 1}") from error
+                raise self._translated(error, loop.sharded, f"step {loop.step + 1}") from error
             if ranks.index == 0:
                 write_record(loop.sharded.plan, loop.reporter.step_times_s, self.folder)
             return outcome
@@ -191,7 +204,7 @@ class AutoTrainer:
             goodput.lost_s = _lost_seconds(self.folder, restored.step if restored else 0)
             if restored is not None:
                 loader.seek(restored.next_batch)
-                judge.recall(restored.losses, restored.skipped_steps)
+                judge.recall(restored.losses, skipped=restored.skipped_steps, rollbacks=restored.rollbacks)
         reporter = self._reporter(config, sharded.plan, ranks)
         stack.callback(reporter.close)
         profile = ProfileWindow(config.run.profile, self.folder / f"profile-rank{ranks.index}")
@@ -258,8 +271,7 @@ class AutoTrainer:
             assert config.data.global_batch is not None, "filled in before"
             plan = sharded.prepare(data.abstract_batch(config.data.global_batch))
         except jax.errors.JaxRuntimeError as error:
-            raise self._translated(error, sharded.plan, "building the state") from error
-        _check_savable(sharded)
+            raise self._translated(error, sharded, "building the state") from error
         if ranks.index == 0:
             save_plan(plan, self.folder / PLAN_NAME)
         return sharded
@@ -297,24 +309,18 @@ class AutoTrainer:
             out=sys.stdout if speaks else None,
         )
 
-    def _translated(self, error: jax.errors.JaxRuntimeError, plan: Plan, when: str) -> Exception:
-        """Return what an error of XLA means to the user; out of memory teaches the next search."""
+    def _translated(self, error: jax.errors.JaxRuntimeError, sharded: ShardedModel, when: str) -> GalvatronError:
+        """Return what an error of XLA means to the user, with the plan to take next; a lack of memory is learnt."""
+        plan = sharded.plan
+        hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
         if is_out_of_memory(error):
-            hardware = self._hardware or learnt_hardware(self.folder, plan.cluster.gpu)
-            self._hardware = learn_margin(hardware, self.folder)
-        return translate(error, plan, when)
-
-
-def _check_savable(sharded: ShardedModel) -> None:
-    """Refuse a state of which this process holds no part of some array: Orbax 0.12 neither saves nor restores it."""
-    if all(leaf.sharding.addressable_devices for leaf in jax.tree.leaves(sharded.abstract_state())):
-        return
-    raise UnsupportedError(
-        f"the plan has {len(sharded.plan.stages)} pipeline stages in different processes",
-        expected="stages that every process has a part of, in this version: others cannot be checkpointed",
-        where="plan",
-        action="search with --no-pp, or run the pipeline in one process",
-    )
+            hardware = self._hardware = learn_margin(hardware, self.folder)
+            self._next, offer = offer_plan(sharded, hardware, Limits(), self.folder)
+        elif jax.process_count() > 1:  # a process was lost: no other plan helps
+            offer = ""
+        else:
+            self._next, offer = offer_plan(sharded, hardware, simpler_than(plan), self.folder)
+        return translate(error, plan, when, offer)
 
 
 def _as_windows(data: Windows | Sequence[Any]) -> Windows:
@@ -332,4 +338,5 @@ def _lost_seconds(folder: Path, step: int) -> float:
 
 
 def _speaker(ranks: Ranks) -> Callable[[str], None]:
-    return (lambda text: print(text, flush=True)) if ranks.index == 0 else (lambda _: None)
+    """Return what prints a line on rank 0; names in plans come from strangers."""
+    return (lambda text: print(clean(text), flush=True)) if ranks.index == 0 else (lambda _: None)

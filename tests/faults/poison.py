@@ -1,4 +1,4 @@
-"""A loss that is not finite where a batch holds a marked token; ``module:function`` of run files."""
+"""Losses that are not finite, or far too high, where a batch holds a marked token; ``module:function`` of run files."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def poisoned_loss(model: Any, batch: Any) -> jax.Array:
     """NaN for a batch that holds ``MARK``, next-token cross-entropy for others."""
     loss = next_token_loss(model, batch)
     return loss * jnp.where(jnp.any(batch["inputs"] == MARK), jnp.nan, 1.0)
+
+
+def spiking_loss(model: Any, batch: Any) -> jax.Array:
+    """A hundred times the loss for a batch that holds ``MARK``."""
+    loss = next_token_loss(model, batch)
+    return loss * jnp.where(jnp.any(batch["inputs"] == MARK), 100.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from pathlib import Path
 
@@ -13,26 +14,33 @@ import pytest
 
 from galvatron_jax.errors import PreflightError
 from galvatron_jax.hardware import load_hardware
-from galvatron_jax.plan import load_plan
+from galvatron_jax.plan import Strategy, load_plan, save_plan
+from galvatron_jax.train import AutoTrainer, load_config
 from galvatron_jax.train._compiles import watch_compiles
+from galvatron_jax.train._next_plan import Limits, offer_plan, simpler_than
 from galvatron_jax.train._preflight import check_preflight, gather_facts
 from galvatron_jax.train._ranks import OneRank
-from galvatron_jax.train._stragglers import WINDOWS, RankStatistics, StragglerWatch
+from galvatron_jax.train._stragglers import WINDOWS, RankStatistics, StragglerWatch, gpu_condition, slowest_gpu
 from galvatron_jax.train._watchdog import Watchdog
 from tests.faults.conftest import Run, Runs
+from tests.faults.test_resume import PLANS, other_plan
 
 pytestmark = pytest.mark.multidevice
 
 
 # ------------------------------------------------------------------------------------------------------- out of memory
-def test_out_of_memory_ends_with_4_predicted_beside_actual(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_of_memory_ends_with_4_predicted_beside_actual_and_offers_the_next_plan(
+    runs: Runs, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = runs.new()
     assert run.here(faults=[{"kind": "out_of_memory", "point": "before_step", "step": 1}]) == 4
     message = capsys.readouterr().err
     assert "a device ran out of memory in step 1: Out of memory while trying to allocate 17179869184 bytes." in message
-    assert "predicted 0." in message or "predicted " in message
-    assert "parameters" in message
+    assert re.search(r"predicted \S+ [KMG]iB \(.*parameters", message)
+    assert f"the next plan is in {run.folder / 'next-plan.json'} (predicted" in message
     assert "--retry-oom" in message
+    learnt, offered = load_hardware(run.folder / "hardware.json"), load_plan(run.folder / "next-plan.json")
+    assert offered.memory_budget_bytes == learnt.memory_bytes - learnt.reserved_bytes
 
 
 def test_retry_after_out_of_memory_plans_again_with_more_memory_held_back(
@@ -41,12 +49,32 @@ def test_retry_after_out_of_memory_plans_again_with_more_memory_held_back(
     run = runs.new()
     # The fault comes at step 9 of the second plan too.
     assert run.here("--retry-oom", "1", faults=[{"kind": "out_of_memory", "step": 9}]) == 4
-    assert "planning again with more memory held back" in caplog.text
+    assert "going on under another plan" in caplog.text
     usual, learnt = load_hardware("cpu"), load_hardware(run.folder / "hardware.json")
     assert learnt.reserved_bytes - usual.reserved_bytes == 2 * round(0.08 * usual.memory_bytes)
     assert run.here() == 0  # goes on from the last checkpoint, under what was learnt
     assert load_plan(run.folder / "plan.json").memory_budget_bytes == learnt.memory_bytes - learnt.reserved_bytes
     assert run.losses.keys() == control.losses.keys()
+
+
+def test_nothing_is_offered_when_nothing_else_fits(runs: Runs) -> None:
+    trainer = AutoTrainer.from_config(load_config(runs.new(run={"steps": 1}).file))
+    trainer.run()
+    assert trainer.sharded is not None
+    small = msgspec.structs.replace(load_hardware("cpu"), memory_bytes=2**10, reserved_bytes=0)
+    plan, told = offer_plan(trainer.sharded, small, Limits(), runs.root)
+    assert plan is None
+    assert told.startswith("no other plan can be offered: ")
+    assert not (runs.root / "next-plan.json").exists()
+
+
+@pytest.mark.parametrize(("tp", "stages", "limits"), [(1, 1, None), (4, 1, Limits(1, 2)), (4, 2, Limits(1, None))])
+def test_simpler_plan_is_one_without_pipeline_or_with_less_tensor_parallelism(
+    control: Run, tp: int, stages: int, limits: Limits | None
+) -> None:
+    strategy = Strategy(tp=tp, dp=8 // tp // stages)
+    plan = other_plan(load_plan(control.folder / "plan.json"), strategy, strategy, strategy, stages=stages)
+    assert simpler_than(plan) == limits
 
 
 # ---------------------------------------------------------------------------------------------------------- stall
@@ -150,6 +178,29 @@ def test_rank_that_is_slow_again_and_again_is_named(
     assert ("rank 2 on h is slow" in caplog.text) == bool(named)
 
 
+class Nvml:
+    """What NVML says on a machine of two GPUs, the second one hot; ECC is not counted there."""
+
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    nvmlInit = staticmethod(lambda: None)
+    nvmlDeviceGetCount = staticmethod(lambda: 2)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
+    nvmlDeviceGetClockInfo = staticmethod(lambda handle, _: (1980, 1200)[handle])
+    nvmlDeviceGetTemperature = staticmethod(lambda handle, _: (60, 91)[handle])
+    nvmlDeviceGetCurrentClocksThrottleReasons = staticmethod(lambda handle: (0x1, 0x44)[handle])
+
+
+def test_condition_of_the_slowest_gpu_is_told_in_words() -> None:
+    assert slowest_gpu(Nvml) == (1200, "1: 1200 MHz, 91 °C, slowed by power cap, heat (hardware)")
+    counting = type("Counting", (Nvml,), {"NVML_MEMORY_ERROR_TYPE_UNCORRECTED": 1, "NVML_VOLATILE_ECC": 0})
+    counting.nvmlDeviceGetTotalEccErrors = staticmethod(lambda *_: 3)  # type: ignore[attr-defined]
+    assert slowest_gpu(counting)[1].endswith("heat (hardware), 3 memory errors (ECC)")
+
+
+def test_machine_without_nvml_has_no_condition() -> None:
+    assert gpu_condition() == (0, "")
+
+
 # ------------------------------------------------------------------------------------------------------- compilation
 def test_program_compiled_again_in_a_step_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     double = jax.jit(lambda x: x * 2)
@@ -163,6 +214,22 @@ def test_program_compiled_again_in_a_step_is_reported(caplog: pytest.LogCaptureF
         watch.check(8, "(4,)")
     assert "step 8 compiled" in caplog.text
     assert "batch (4,)" in caplog.text
+
+
+def test_plan_that_xla_cannot_run_ends_with_4_and_a_simpler_one_is_taken_on_request(
+    runs: Runs, control: Run, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    run, (strategies, shape) = runs.new(), PLANS["two stages"]
+    plan = save_plan(other_plan(load_plan(control.folder / "plan.json"), *strategies, **shape), runs.root / "plan.json")
+    # The fault comes at step 6 of the second plan too.
+    assert run.here("--plan", str(plan), "--retry-failed", "1", faults=[{"kind": "xla_failure", "step": 6}]) == 4
+    assert "XLA failed: INTERNAL" in caplog.text
+    assert f"the next plan is in {run.folder / 'next-plan.json'}" in caplog.text
+    assert "going on under another plan" in caplog.text
+    assert "XLA failed: INTERNAL" in capsys.readouterr().err
+    assert len(load_plan(run.folder / "plan.json").stages) == 1
+    assert run.here() == 0
+    assert run.losses.keys() == control.losses.keys()
 
 
 @pytest.mark.slow

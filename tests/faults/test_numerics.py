@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +26,10 @@ BAD_BATCH = 6
 SEQ, BATCH = 32, 16
 
 
-def poisoned_run(runs: Runs, tmp_path: Path, policy: str, bad: tuple[int, ...] = (BAD_BATCH,), **changes: int) -> Run:
-    """A run whose batches ``bad`` hold a marked token each."""
+def poisoned_run(
+    runs: Runs, tmp_path: Path, policy: str, /, bad: tuple[int, ...] = (BAD_BATCH,), **changes: dict[str, Any]
+) -> Run:
+    """A run whose batches ``bad`` hold a marked token each; ``changes`` as in ``settings``."""
     tokens = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype("<u2")
     train, _ = split_windows(StreamWindows(tokens, SEQ, "text"), 0.05)
     # Positions in the order of training, from a loader that reads the number of each token.
@@ -39,9 +42,12 @@ def poisoned_run(runs: Runs, tmp_path: Path, policy: str, bad: tuple[int, ...] =
     tokens.tofile(tmp_path / "tokens.bin")
     assert len(train) > STEPS * BATCH
     return runs.new(
-        model={"loss": "tests.faults.poison:poisoned_loss"},
         data={"kind": "tokens", "paths": [str(tmp_path / "tokens.bin")]},
-        policy={"non_finite": policy, **changes},
+        **{
+            "model": {"loss": "tests.faults.poison:poisoned_loss"},
+            **changes,
+            "policy": {"non_finite": policy, **changes.get("policy", {})},
+        },
     )
 
 
@@ -70,7 +76,7 @@ def test_skip_leaves_the_update_out_and_goes_on(runs: Runs, tmp_path: Path, capl
 
 
 def test_skip_has_a_cap(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = poisoned_run(runs, tmp_path, "skip", bad=(5, 6, 8), max_skipped=2)
+    run = poisoned_run(runs, tmp_path, "skip", bad=(5, 6, 8), policy={"max_skipped": 2})
     assert run.here() == 5
     assert "step 9: loss nan" in capsys.readouterr().err
 
@@ -84,6 +90,19 @@ def test_rollback_goes_back_to_the_checkpoint_and_on_behind_the_bad_batch(
     batches = {step: batch for step, (batch, *_) in run.trace.items()}
     assert batches == {**{s: s - 1 for s in range(1, 5)}, **{s: s + 2 for s in range(5, STEPS + 1)}}
     assert all(np.isfinite(loss) for loss in run.losses.values())
+
+
+def test_spike_is_undone_and_its_batch_left_out_when_asked(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = {"loss": "tests.faults.poison:spiking_loss"}
+    run = poisoned_run(runs, tmp_path, "stop", bad=(9,), model=model, policy={"spike": "rollback"})
+    assert run.here() == 0
+    assert "loss spike at step 10" in caplog.text
+    assert "rolled back to step 8; batch 9 is left out" in capsys.readouterr().out
+    batches = {step: batch for step, (batch, *_) in run.trace.items()}
+    assert batches == {**{s: s - 1 for s in range(1, 9)}, **{s: s + 1 for s in range(9, STEPS + 1)}}
+    assert max(run.losses.values()) < 10
 
 
 # --------------------------------------------------------------------------------------------------------------- judge
@@ -107,10 +126,18 @@ def test_spike_is_reported_with_its_batch_and_slow_drift_is_not(caplog: pytest.L
     assert "batch 1" in caplog.text
 
 
+def test_spikes_are_only_reported_after_so_many_rollbacks() -> None:
+    strict = judge(spike="rollback", max_skipped=1)  # type: ignore[arg-type]
+    feed(strict, [1.0 + 0.01 * (i % 3) for i in range(20)])
+    verdicts = [strict.judge(21, 21, 50.0, 1.0, finite=True, resume="") for _ in range(2)]
+    assert verdicts == [Verdict.ROLL_BACK, Verdict.GO_ON]
+    assert strict.losses[-1] == 50.0
+
+
 def test_window_of_losses_survives_a_restart(caplog: pytest.LogCaptureFixture) -> None:
     first, second = judge(), judge()
     feed(first, [1.0 + 0.01 * (i % 3) for i in range(20)])
-    second.recall(first.losses, first.left_out)
+    second.recall(first.losses, skipped=first.skipped, rollbacks=first.rollbacks)
     feed(second, [1.5])
     assert "loss spike" in caplog.text
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from galvatron_jax._document import encode
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, load_plan, save_plan
 from galvatron_jax.train import load_config
 from galvatron_jax.train._trainer import AutoTrainer
@@ -169,6 +170,18 @@ def test_damaged_plan_ends_with_2(
     assert run.here() == 2
     message = capsys.readouterr().err
     assert str(tmp_path / "plan.json") in message
+    assert "Traceback" not in message
+
+
+def test_plan_that_contradicts_itself_ends_with_2_and_all_violations(
+    runs: Runs, control: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = other_plan(load_plan(control.folder / "plan.json"), *[Strategy(tp=3, dp=2)] * 3)
+    (tmp_path / "plan.json").write_text(encode(msgspec.structs.replace(plan, microbatches=5)))
+    assert runs.new(run={"plan": str(tmp_path / "plan.json")}).here() == 2
+    message = capsys.readouterr().err
+    assert "microbatches=5 does not divide global_batch=16" in message
+    assert message.count("tp=3 * dp=2 is not 8 devices") == 4  # of each run of layers
     assert "Traceback" not in message
 
 

@@ -267,6 +267,22 @@ def test_path_that_leaves_the_checkpoint_is_never_opened(tmp_path: Path, name: s
     ]
 
 
+@pytest.mark.parametrize("linked", ["file", "folder"])
+def test_link_in_a_checkpoint_is_never_followed(tmp_path: Path, linked: str) -> None:
+    from galvatron_jax.train.checkpoint._files import check_files, sum_files
+
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "x").write_text("secret")
+    (tmp_path / "inside").mkdir()
+    if linked == "folder":
+        (tmp_path / "inside" / "d").symlink_to(tmp_path / "outside")
+    else:
+        (tmp_path / "inside" / "d").mkdir()
+        (tmp_path / "inside" / "d" / "x").symlink_to(tmp_path / "outside" / "x")
+    sums = sum_files(tmp_path / "outside")
+    assert check_files(tmp_path / "inside", {"d/x": sums["x"]}, ["d/x"]) == ["d/x: is a link"]
+
+
 # -------------------------------------------------------------------------------------------------------- other models
 def test_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path: Path) -> None:
     write(open_store(tmp_path), 1)

@@ -17,6 +17,8 @@ from galvatron_jax._document import load
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
 from galvatron_jax.record import RunRecord
 from galvatron_jax.train import CheckpointConfig, DataConfig, LogConfig, RunConfig, RunSettings
+from galvatron_jax.train._ranks import OneRank
+from galvatron_jax.train._trainer import _speaker
 from galvatron_jax.train.data._windows import SyntheticWindows
 
 pytestmark = pytest.mark.multidevice
@@ -60,6 +62,11 @@ def test_trainer_runs_a_users_model_and_leaves_everything_in_its_folder(
     assert [m["step"] for m in metrics if "held_out_loss" in m] == [4, 8, 10]
     assert list((tmp_path / "profile-rank0").rglob("*.xplane.pb"))
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000005", "step_00000010"]
+
+
+def test_names_in_a_plan_do_not_reach_the_terminal_as_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    _speaker(OneRank())("checkpoint made under \x1b]0;owned\x07[\x1b[31mred\u202e]")
+    assert capsys.readouterr().out == "checkpoint made under ]0;owned[[31mred]\n"
 
 
 def test_finished_run_started_again_trains_nothing(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class Progress(Value, frozen=True, kw_only=True):
     losses: tuple[float, ...] = ()
     """The last ones, by which the next loss is judged."""
     skipped_steps: Step = 0
-    """Updates left out so far because the step was not finite."""
+    """Of ``step``, those that left their update out because they were not finite."""
+    rollbacks: Step = 0
+    """How often the run went back to a checkpoint."""
 
 
 class Checkpoint(Document, frozen=True, kw_only=True):

@@ -44,8 +44,10 @@ def _problem(folder: Path, name: str, expected: FileSum) -> str:
     if path.is_absolute() or ".." in path.parts or "\x00" in name:
         return "leaves the folder of the checkpoint"
     file = folder / path
-    if file.is_symlink() or not file.is_file():
+    if not file.is_file():
         return "is missing"
+    if file.resolve() != folder.resolve() / path:
+        return "is a link"
     try:
         if file.stat().st_size != expected.size:
             return f"has {file.stat().st_size} bytes, not {expected.size}"

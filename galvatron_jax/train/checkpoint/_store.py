@@ -78,8 +78,12 @@ class CheckpointStore:
         self.folder, self._config, self._ranks, self._hook = folder.absolute(), config, ranks, hook
         self._pending: Checkpoint | None = None
         self._started_s = 0.0
+        # Named processes meet in the key-value store, with a time limit. By default Orbax lets all devices meet without
+        # one: when a process fails in a save the others' next step and that meeting wait for each other for ever.
+        meeting = ocp.options.MultiprocessingOptions(active_processes=set(range(ranks.count)))
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.StandardCheckpointHandler(),
+            ocp.StandardCheckpointHandler(multiprocessing_options=meeting),
+            multiprocessing_options=meeting,
             async_options=ocp.options.AsyncOptions(
                 timeout_secs=int(config.timeout_s), post_finalization_callback=self._finalize
             ),
@@ -116,12 +120,25 @@ class CheckpointStore:
         path = step_folder(self.folder, progress.step)
         if (path / DOCUMENT_NAME).exists():  # whole, though another process failed after it was
             return self._ended(None)
+        if (problem := self._problem_of_any(progress.step)) is not None:
+            return self._ended(problem)
         try:
-            self._hook("before_save", progress.step)
             self._orbax.save(path, args=ocp.args.StandardSave(leaves))
         except Exception as error:
             return self._ended(error)
         return event
+
+    def _problem_of_any(self, step: int) -> Exception | None:
+        """Return what keeps this process, or another one, from beginning to save: all begin, or none."""
+        own: Exception | None = None
+        try:
+            self._hook("before_save", step)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except Exception as error:
+            own = error
+        said = self._ranks.exchange("save", "" if own is None else f"{type(own).__name__}: {own}")
+        others = [f"rank {rank}: {text or 'no answer'}" for rank, text in enumerate(said) if text != ""]
+        return own or (CheckpointError("; ".join(others), where=str(self.folder)) if others else None)
 
     def poll(self) -> SaveEvent | None:
         """Return how the last save ended, once, or None while it is under way."""

@@ -64,7 +64,7 @@ def open_tokenizer(name: str) -> Tokenize:
             where="[data] tokenizer",
             action="write the tokens yourself and use kind = 'tokens'",
         )
-    return lambda text: np.asarray([*tokenizer.encode(text).ids, separator], dtype=np.int32)
+    return lambda text: np.asarray([*tokenizer.encode(text, add_special_tokens=False).ids, separator], dtype=np.int32)
 
 
 def default_text_folders() -> list[Path]:
