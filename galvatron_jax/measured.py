@@ -1,15 +1,20 @@
 """What clocks and compilers said: figures that take the place of formulas, and where they come from.
 
-``Provenance`` names the devices on which a clock ran, so that figures of one machine never price another. ``Measured``
-is what the computation and memory profilers found of one layer kind; the search uses it and says so.
+``Provenance`` names the devices on which a clock ran (or for which a program was compiled), so that figures of one
+machine never price another. ``Measured`` is what the computation profiler found of one layer kind, ``MeasuredMemory``
+what the memory profiler found; the search uses both and says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from ._document import Bytes, Count, NonNegative, Positive, Value
+import msgspec
+
+from ._document import Count, NonNegative, Positive, Value
+
+SignedBytes = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 
 
 class Provenance(Value, frozen=True, kw_only=True, omit_defaults=True):
@@ -53,31 +58,61 @@ class PassTable(Value, frozen=True, kw_only=True):
         check_rising("samples", self.samples, self.times_s)
 
 
-class MemoryTable(Value, frozen=True, kw_only=True):
-    """Bytes of one layer on one device as its compiled programs say, at rising numbers of samples; remat ``none``."""
-
-    tp: Count
-    samples: tuple[Count, ...]
-    residual_bytes: tuple[Bytes, ...]
-    """What forward hands to backward, the stream input and weights left out."""
-    workspace_bytes: tuple[Bytes, ...]
-    """Temporaries of the backward program."""
-
-
 class Measured(Value, frozen=True, kw_only=True):
-    """What the computation and memory profilers measured of a layer kind, at the kind's sequence length."""
+    """What the computation profiler measured of a layer kind, at the kind's sequence length."""
 
     provenance: Provenance
     fused_attention: bool = False
     """Attention ran as a fused kernel; else the scores were in memory."""
     passes: tuple[PassTable, ...]
-    memory: tuple[MemoryTable, ...] = ()
     interpolation_error: NonNegative = 0.0
     """Largest relative error of a measured point as interpolated from its neighbours; 0 where no point has two."""
 
     def tables(self, what: Pass) -> dict[int, PassTable]:
         """Return the tables of one pass by tensor-parallel degree."""
         return {table.tp: table for table in self.passes if table.what == what}
+
+
+class MemoryTable(Value, frozen=True, kw_only=True):
+    """Bytes of one layer on one device under one strategy, read from compiled training steps of the user's model."""
+
+    tp: Count = 1
+    sp: bool = False
+    ulysses: Count = 1
+    dp: Count = 1
+    zero: Annotated[int, msgspec.Meta(ge=0, le=3)] = 0
+    replicas: Count = 1
+    remat: Literal["none", "dots", "full"] = "none"
+    accumulates: bool = False
+    """The steps had several microbatches."""
+    samples: tuple[Count, ...]
+    """Of one microbatch, on the device; rising."""
+    kept_bytes: tuple[SignedBytes, ...]
+    """What one more layer adds to the peak besides its parameters, gradients and optimizer state."""
+    workspace_bytes: tuple[SignedBytes, ...]
+    """The rest of the peak, once for all layers of a stage. Either may be below zero by what the formula of the states
+    has too much."""
+
+    def __post_init__(self) -> None:
+        """Refuse tables that cannot be interpolated."""
+        lengths = {len(self.samples), len(self.kept_bytes), len(self.workspace_bytes)}
+        if lengths != {len(self.samples)} or not self.samples:
+            raise ValueError("samples, kept_bytes and workspace_bytes need the same length")
+        if list(self.samples) != sorted(set(self.samples)):
+            raise ValueError("samples must rise")
+
+
+class MeasuredMemory(Value, frozen=True, kw_only=True):
+    """What the memory profiler found of a layer kind, at the kind's sequence length and dtype."""
+
+    provenance: Provenance
+    """Of the devices compiled for; they need not have been there."""
+    fused_attention: bool = False
+    """Attention was compiled as a fused kernel; else the scores were in memory."""
+    tables: tuple[MemoryTable, ...]
+    interpolation_error: NonNegative = 0.0
+    """Largest relative error of what was compiled between fewer and more samples, as interpolated from these; 0 where
+    nothing was."""
 
 
 def check_rising(name: str, sizes: Sequence[float], times_s: Sequence[float]) -> None:

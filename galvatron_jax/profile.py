@@ -34,7 +34,7 @@ from ._hardware_profile import CurvePoint as CurvePoint
 from ._hardware_profile import HardwareProfile as HardwareProfile
 from ._hardware_profile import Link as Link
 from ._hardware_profile import Phase as Phase
-from .measured import Measured
+from .measured import Measured, MeasuredMemory
 from .units import ITEM_BYTES
 
 BATCH, SEQ = "batch", "seq"
@@ -245,6 +245,8 @@ class LayerKind(Value, frozen=True, kw_only=True):
     sum over ``seq`` too (``Collective.over``) take in the ranks that shard it."""
     measured: Measured | None = None
     """Written by the profilers; takes the place of formulas on the devices that it names."""
+    memory: MeasuredMemory | None = None
+    """Likewise, of compiled programs."""
 
     @property
     def best_candidate(self) -> Candidate | None:
@@ -304,7 +306,7 @@ class ModelProfile(Document, frozen=True, kw_only=True):
         if seq == self.seq:
             return self
         kinds = tuple(
-            msgspec.structs.replace(kind, classes={**kind.classes, SEQ: seq}, measured=None)
+            msgspec.structs.replace(kind, classes={**kind.classes, SEQ: seq}, measured=None, memory=None)
             if SEQ in kind.classes
             else kind
             for kind in self.kinds
@@ -318,12 +320,17 @@ class ModelProfile(Document, frozen=True, kw_only=True):
         """
         if dtype == self.dtype:
             return self
-        unmeasured = self.with_measured({})
+        unmeasured = self.with_measured({}).with_memory({})
         return msgspec.convert(_replace_text(msgspec.to_builtins(unmeasured), self.dtype, dtype), ModelProfile)
 
     def with_measured(self, measured: Mapping[str, Measured]) -> ModelProfile:
         """The same model with what was measured of each kind, by its name; kinds not named have nothing."""
         kinds = tuple(msgspec.structs.replace(kind, measured=measured.get(kind.name)) for kind in self.kinds)
+        return msgspec.structs.replace(self, kinds=kinds)
+
+    def with_memory(self, memory: Mapping[str, MeasuredMemory]) -> ModelProfile:
+        """The same model with the compiled memory of each kind, by its name; kinds not named have none."""
+        kinds = tuple(msgspec.structs.replace(kind, memory=memory.get(kind.name)) for kind in self.kinds)
         return msgspec.structs.replace(self, kinds=kinds)
 
 

@@ -35,6 +35,11 @@ def llama_70b_three_layers() -> Subject:
     return _llama(LlamaConfig(vocab=32_000, embed=8192, mlp=28_672, layers=3, heads=64, kv_heads=8, seq=4096))
 
 
+def llama_70b_nine_layers() -> Subject:
+    """The same with nine blocks: what the memory profiler reads slopes from."""
+    return _llama(LlamaConfig(vocab=32_000, embed=8192, mlp=28_672, layers=9, heads=64, kv_heads=8, seq=4096))
+
+
 def llama_100m() -> Subject:
     """The preset ``llama-100m``: a small vocabulary, so that the blocks are nearly all."""
     return _llama(llama_config("llama-100m"))

@@ -33,3 +33,4 @@ from ._report import analysis_lines as analysis_lines
 from ._rows import Rows as Rows
 from ._rows import Stack as Stack
 from ._rules import register_rule_text as register_rule_text
+from ._shorten import shorten as shorten

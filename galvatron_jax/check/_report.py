@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .._text import Line, Piece, clean, labelled, table
+from ..cost import memory_source
 from ..hardware import freshness_notes
 from ..plan import Plan, Prediction
 from ..profile import HardwareProfile, ModelProfile
@@ -78,6 +79,7 @@ def _head(
     return [
         labelled("plan", Piece(f"{clean(model.name)} on {cluster.mesh} {clean(hardware.name)}", "bold"), _shape(plan)),
         labelled("figures", f"compute {source}{also} · collectives {links} ({clean(hardware.name)})"),
+        labelled("", f"memory {memory_source(plan, model, hardware)}"),
         *(labelled("", Piece(clean(note), "yellow")) for note in freshness_notes(hardware)),
     ]
 

@@ -3,6 +3,9 @@
 from ._collectives import Group as Group
 from ._collectives import collective_seconds as collective_seconds
 from ._collectives import device_group as device_group
+from ._compiled_memory import count_compiled as count_compiled
+from ._compiled_memory import memory_source as memory_source
+from ._compiled_memory import valid_memory as valid_memory
 from ._compute import product_seconds as product_seconds
 from ._compute import traffic_seconds as traffic_seconds
 from ._kind import is_fused as is_fused

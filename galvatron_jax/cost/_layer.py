@@ -18,8 +18,11 @@ Nothing is below zero; nothing falls while the batch, a size or a latency rises,
 
 from __future__ import annotations
 
+import functools
+
 from ..plan import Strategy
 from ..profile import LayerKind
+from ._compiled_memory import compiled_memory
 from ._kind import weigh
 from ._memory import STATE, layer_memory, local_bytes
 from ._overlap import exposed_seconds
@@ -58,15 +61,7 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
     data_b = work.backward.data_s + again.data_s
     data_b += exposed_seconds(behind_s, weights.gather_s + weights.reduce_each_s, slowdown)
     times["data_communication"] = data_f + data_b
-    held = weigh(kind, strategy.tp, strategy.zero_ranks)
-    memory = layer_memory(
-        local_bytes(kind, hardware, spread, setting.microbatch),
-        held,
-        strategy,
-        training,
-        accumulates=accumulates,
-        borrowing=borrows(held, pipelined),
-    )
+    memory = compiled_memory(kind, strategy, setting, functools.partial(_memory, kind))
     return LayerCost(
         forward_s=forward_s + work.forward.tensor_s + data_f,
         backward_s=behind_s + work.backward.tensor_s + again.tensor_s + data_b,
@@ -77,4 +72,17 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
         live_bytes=memory["live"],
         times=times,
         memory=memory,
+    )
+
+
+def _memory(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:
+    """Bytes of one layer by category, by formula."""
+    held = weigh(kind, strategy.tp, strategy.zero_ranks)
+    return layer_memory(
+        local_bytes(kind, setting.hardware, spread_of(strategy), setting.microbatch),
+        held,
+        strategy,
+        setting.training,
+        accumulates=setting.microbatches > 1,
+        borrowing=borrows(held, setting.slices > 1),
     )

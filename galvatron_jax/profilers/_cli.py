@@ -1,4 +1,4 @@
-"""The command line of the profilers: ``python -m galvatron_jax.profilers hardware|model|calibrate``.
+"""The command line of the profilers: ``python -m galvatron_jax.profilers hardware|computation|memory|calibrate``.
 
 JAX is imported after the arguments are read: ``--help`` answers at once, and ``--devices`` must reach XLA before that.
 """
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="fewer sizes and repetitions: a first look, in about a minute")
     add("--budget-s", type=_positive, metavar="S", help="seconds to spend (300; with --quick 45)")
     _add_common(hardware)
-    model = commands.add_parser("model", help="the layers of a model: forward, backward, recomputation, memory")
+    model = commands.add_parser(
+        "computation", aliases=["model"], help="the layers of a model on devices: forward, backward, recomputation"
+    )
     add = model.add_argument
     add("--model", required=True, metavar="NAME", help="a preset, or MODULE:FUNCTION that returns (model, loss, batch)")
     add("--mesh", default="1x1", metavar="NODESxGPUS", help="devices that run copies at the same time (%(default)s)")
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", help="compute dtype of a preset (its own)")
     add("--budget-s", type=_positive, default=180.0, metavar="S", help="seconds to spend (%(default)s)")
     _add_common(model)
+    _add_memory(commands.add_parser("memory", help="the layers of a model, compiled for GPUs that need not be there"))
     _add_calibrate(commands.add_parser("calibrate", help="correct profiles by what runs took (run records)"))
     return parser
 
@@ -76,6 +79,21 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--coordinator", metavar="HOST:PORT", help="several processes: where the first listens")
     add("--processes", type=_count, metavar="N", help="several processes: how many")
     add("--process", type=int, metavar="I", help="several processes: which one this is, from 0")
+    add("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_memory(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="a preset, or MODULE:FUNCTION that returns (model, loss, batch)")
+    add("--mesh", default="1x8", metavar="NODESxGPUS", help="compile for these devices (%(default)s)")
+    add("--gpu", default="h100", metavar="NAME", help="the kind of GPU (%(default)s)")
+    add("--out", type=Path, default=Path("configs/model.json"), help="model profile to write or add to (%(default)s)")
+    add("--plan", type=Path, action="append", default=[], metavar="FILE", help="compile first what this plan uses")
+    add("--state-bytes", type=int, default=8, metavar="N", help="optimizer state per parameter (%(default)s: Adam)")
+    add("--seq", type=_count, metavar="N", help="sequence length of a preset (its own)")
+    add("--dtype", help="compute dtype of a preset (its own)")
+    add("--budget-s", type=_positive, default=180.0, metavar="S", help="seconds to spend (%(default)s)")
+    add("--resume", action="store_true", help="go on from the partial file of an interrupted run")
     add("--debug", action="store_true", help="show the traceback of an error")
 
 
@@ -137,9 +155,16 @@ def _model(options: argparse.Namespace) -> int:
     )
     if not options.process:
         _clear_line()
-        print(plain_table(layer_rows(result.profile), headings=("", "measured", "workspace")))
+        print(plain_table(layer_rows(result.profile), headings=("", "measured", "")))
         _print_end(options, result.notes, complete=result.complete, taken_s=time.monotonic() - start_s)
     return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # here the model is only traced; the compiler works in a process of its own
+    from ._cli_memory import run_memory
+
+    return run_memory(options, progress_line)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -150,7 +175,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "hardware": _hardware,
+    "computation": _model,
     "model": _model,
+    "memory": _memory,
     "calibrate": _calibrate,
 }
 
@@ -182,12 +209,14 @@ def _progress() -> Callable[[Progress], None]:
     if not sys.stderr.isatty():
         return lambda _: None
 
-    def show(progress: Progress) -> None:
-        left = format_seconds(progress.left_s) if progress.done else "?"
-        text = f"{progress.done + 1}/{progress.total}  {progress.subject.text}  ({left} left)"
-        print(f"\r\x1b[K{text[:110]}", end="", file=sys.stderr, flush=True)
+    return lambda progress: progress_line(progress.subject.text, progress.done, progress.total, progress.left_s)
 
-    return show
+
+def progress_line(text: str, done: int, total: int, left_s: float) -> None:
+    """Write over the one line that shows progress, on a terminal only."""
+    if sys.stderr.isatty():
+        left = format_seconds(left_s) if done else "?"
+        print(f"\r\x1b[K{f'{done + 1}/{total}  {text}  ({left} left)'[:110]}", end="", file=sys.stderr, flush=True)
 
 
 def _print_result(result: HardwareResult, options: argparse.Namespace, taken_s: float) -> None:

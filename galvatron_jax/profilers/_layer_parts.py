@@ -11,10 +11,10 @@ samples) and held against the clock; the largest relative difference is stated w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..measured import Measured, MemoryTable, Pass, PassTable, Provenance
+from ..measured import Measured, Pass, PassTable, Provenance
 from ..profile import ModelProfile
 from ._fit import isotonic
 from ._layer_passes import ADDED_BY
@@ -38,7 +38,6 @@ class LayerAssembly(NamedTuple):
 def assemble_layers(
     model: ModelProfile,
     readings: Sequence[Reading],
-    memory: Mapping[str, Sequence[MemoryTable]],
     provenance: Provenance,
 ) -> LayerAssembly:
     """Return ``model`` with what was measured of each kind.
@@ -46,7 +45,6 @@ def assemble_layers(
     Args:
         model: As the analysis found it.
         readings: Of any part of the agenda.
-        memory: Tables of compiled programs, by kind.
         provenance: Where and when.
     """
     overheads = find_overheads({reading.subject: reading for reading in readings})
@@ -61,7 +59,6 @@ def assemble_layers(
             measured[kind.name] = Measured(
                 provenance=provenance,
                 passes=tuple(tables),
-                memory=tuple(memory.get(kind.name, ())),
                 interpolation_error=max(map(interpolation_error, tables)),
             )
     return LayerAssembly(model.with_measured(measured), tuple(notes))

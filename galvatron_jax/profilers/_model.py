@@ -9,16 +9,14 @@ from typing import NamedTuple
 
 import jax
 
-from .._document import save
+from .._document import load, save
 from .._user_model import UserModel
 from ..analysis import Analysis, analyse_model
 from ..cluster import Cluster
-from ..errors import UnsupportedError
-from ..measured import MemoryTable
+from ..errors import DocumentNotFoundError, UnsupportedError
 from ..profile import ModelProfile
 from ._layer_agenda import layer_agenda
 from ._layer_loops import pass_loop
-from ._layer_memory import memory_tables
 from ._layer_parts import assemble_layers
 from ._layer_passes import PASSES
 from ._log import partial_path, resume_readings, save_readings
@@ -33,9 +31,6 @@ from ._timing import Clock, Effort, MeasurementError, SystemClock
 
 TRACED_SAMPLES = 4
 """As stored profiles are traced: the same analysis, whatever is measured."""
-
-MEMORY_SHARE = 0.2
-"""Of the budget that is kept for compiling the programs whose memory is read."""
 
 _EFFORT = Effort(target_s=0.05, repeats=3)
 
@@ -98,7 +93,7 @@ def measure_model(
     provenance = provenance_of(machine, base_profile(order.base, machine).name, clock.today())
     subject = order.model.resized(TRACED_SAMPLES)
     analysis = analyse_model(subject.model, subject.loss, subject.batch, name=order.name)
-    partial, first, identity = partial_path(order.out), jax.process_index() == 0, _identity(analysis.profile)
+    partial, first, identity = partial_path(order.out), jax.process_index() == 0, model_identity(analysis.profile)
     known = resume_readings(partial, machine, quick=False, model=identity) if order.resume else ()
 
     def record(readings: Sequence[Reading]) -> None:
@@ -112,14 +107,13 @@ def measure_model(
         build=lambda asked, readings: _loop(asked, readings, analysis, devices),
         clock=clock,
         effort=_EFFORT,
-        budget_s=(1 - MEMORY_SHARE) * order.budget_s - traced_s,
+        budget_s=order.budget_s - traced_s,
         agree=agree,
         record=record,
         show=show,
     )
     outcome = runner.measure(layer_agenda(analysis.profile, order.samples, order.degrees), known)
-    memory = _memory(analysis, order, clock, start_s) if first else {}
-    assembly = assemble_layers(analysis.profile, outcome.readings, memory, provenance)
+    assembly = assemble_layers(_present_profile(analysis.profile, order.out), outcome.readings, provenance)
     if first:
         save(assembly.profile, order.out)
         if not outcome.skipped:
@@ -141,15 +135,17 @@ def _loop(
     return subject_loop(subject, readings, devices)
 
 
-def _memory(analysis: Analysis, order: ModelOrder, clock: Clock, start_s: float) -> dict[str, list[MemoryTable]]:
-    """Tables of each kind, as far as the budget goes."""
-    ends = sorted({order.samples[0], order.samples[-1]})
-    found = {}
-    for name, kind in analysis.kinds.items():
-        if clock.now_s() - start_s < order.budget_s:
-            found[name] = memory_tables(kind, ends, order.degrees)
-    return found
+def _present_profile(fresh: ModelProfile, out: Path) -> ModelProfile:
+    """Return ``fresh`` with the compiled memory that a profile of the same model at ``out`` holds."""
+    try:
+        held = load(out, ModelProfile)
+    except DocumentNotFoundError:
+        return fresh
+    if model_identity(held) != model_identity(fresh):
+        return fresh
+    return fresh.with_memory({kind.name: kind.memory for kind in held.kinds if kind.memory})
 
 
-def _identity(model: ModelProfile) -> str:
+def model_identity(model: ModelProfile) -> str:
+    """Return what readings belong to: name, structure, sequence length and dtype."""
     return f"{model.name} {model.structure} seq {model.seq} {model.dtype}"

@@ -14,7 +14,7 @@ import msgspec
 from .._document import load
 from .._text import Line, Piece, clean, labelled
 from ..cluster import Cluster
-from ..cost import is_fused, is_measured, memory_budget
+from ..cost import is_fused, is_measured, memory_budget, valid_memory
 from ..errors import DocumentError, DocumentNotFoundError, GalvatronError
 from ..hardware import freshness_notes, load_hardware
 from ..models import load_model_profile
@@ -104,7 +104,7 @@ def assumption_lines(inputs: Inputs, options: Options) -> list[Line]:
             "clusters" if several else "cluster", Piece(nodes, "bold"), _links(inputs), Piece(f"   {measured}", "dim")
         ),
     ]
-    lines[1:1] = [*_attention(model, hardware), *_measured(model, hardware)]
+    lines[1:1] = [*_attention(model, hardware), *_measured(model, hardware), *_compiled(model, hardware)]
     doubts = freshness_notes(hardware, visible_gpu=visible_gpu() if hardware.provenance else None)
     doubts = doubts if options.peer is None else []  # another tool's files say neither driver nor date
     lines += [labelled("", Piece(clean(note), "yellow")) for note in (inputs.gpu_note, *doubts) if note]
@@ -134,6 +134,23 @@ def _measured(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
     error = max(measured.interpolation_error for measured in used)
     note = f" · between measured batches within {error:.0%}" if error else ""
     return [labelled("", f"compute measured on {clean(used[0].provenance.device_kind)}{rest}{note}")]
+
+
+def _compiled(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
+    """Say whether compiled programs or formulas give the memory, where the profile holds compiled ones."""
+    known = [kind.memory for kind in model.kinds if kind.memory is not None]
+    if not known:
+        return []
+    used = [memory for kind in model.kinds if (memory := valid_memory(kind, hardware)) is not None]
+    if not used:
+        other = " with attention run the other way" if known[0].provenance.device == hardware.device else ""
+        where = clean(known[0].provenance.device) + other
+        return [labelled("", Piece(f"memory compiled for {where} does not count here: it is estimated", "yellow"))]
+    rest = f", {len(model.kinds) - len(used)} kinds estimated" if len(used) < len(model.kinds) else ""
+    error = max(memory.interpolation_error for memory in used)
+    note = f" · between measured batches within {error:.0%}" if error else ""
+    where = clean(f"{used[0].provenance.device} (jax {used[0].provenance.jax_version})")
+    return [labelled("", f"memory measured on programs compiled for {where}{rest}{note}")]
 
 
 def _links(inputs: Inputs) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .._text import Line, Piece, clean, labelled, plain, table
-from ..cost import LayerCost, estimate_layer, stage_setting
+from ..cost import LayerCost, estimate_layer, memory_source, stage_setting, valid_memory
 from ..plan import Plan, PlanRun, Stage
 from ..profile import HardwareProfile, ModelProfile
 from ..schedule import in_flight_units
@@ -54,7 +54,10 @@ def plan_lines(plan: Plan, model: ModelProfile | None, hardware: HardwareProfile
         f" · {plan.schedule} schedule{chunks}" if len(plan.stages) > 1 else "",
     )
     columns, rows = run_cells(plan, model, hardware)
-    return [header, *table(columns, rows, left=columns.index("kind") + 1)]
+    lines = [header, *table(columns, rows, left=columns.index("kind") + 1)]
+    if model is not None and hardware is not None and any(valid_memory(kind, hardware) for kind in model.kinds):
+        lines.append(labelled("", f" memory {memory_source(plan, model, hardware)}"))
+    return lines
 
 
 def run_cells(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# 3. The fastest plan for these devices and this model, with its proof: configs/optimal_solution.json. Needs no device.
-#    Uses what steps 1 and 2 measured; without their files, bundled data sheets and the model's formulas.
+# 4. The fastest plan for these devices and this model, with its proof: configs/optimal_solution.json. Needs no device.
+#    Uses what steps 1 to 3 measured; without their files, bundled data sheets and the model's formulas.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 if [ -f "$HARDWARE" ]; then HARDWARE_FROM=(--hardware "$HARDWARE"); else HARDWARE_FROM=(); fi
 if [ -f "$PROFILE" ]; then MODEL_FROM=(--profile "$PROFILE"); else MODEL_FROM=(--model "$MODEL" --seq "$SEQ"); fi

@@ -12,6 +12,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 LAUNCH=${LAUNCH:-}
 DEVICES=${DEVICES:-}
 CONFIGS=${CONFIGS:-configs}
+GPU=${GPU:-h100}  # whose compiler memory is asked of; no such GPU needs to be here
 HARDWARE=$CONFIGS/hardware.json
 PROFILE=$CONFIGS/model.json
 PLAN=$CONFIGS/optimal_solution.json

@@ -1,6 +1,0 @@
-#!/usr/bin/env bash
-# 2. The model's layers on one device, at local batches and tensor-parallel shares: forward, backward, recomputation,
-#    residuals and peak memory of the compiled programs.
-source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
-"$PYTHON" -m galvatron_jax.profilers model --model "$MODEL" --seq "$SEQ" --dtype "$DTYPE" --base "$HARDWARE" \
-  --out "$PROFILE" "${VIRTUAL[@]}" "$@"
