@@ -10,7 +10,9 @@ Listed for one microbatch's forward and backward pass, layer by layer:
                layer that holds it has the same strategy
     gradient   zero 0 all-reduces all gradients over all ranks with the same weights; otherwise those that the zero
                ranks divide are reduce-scattered, and with replicas the shards all-reduced. A gradient that adds up
-               several partial results is reduced as often, or once where sums are merged (``Parameter.sums``)
+               several partial results is reduced as often, or once where sums are merged (``Parameter.sums``).
+               With several microbatches, zero 0 and 1 reduce and replicas meet *once* a step: the accumulated sum,
+               in the storage dtype
     relayout   between neighbours of a stage (``_stream.relayout_steps``); backward takes the way back
 
 A partitioner may spell a reduce-scatter as an all-reduce of the same bytes and a slice (XLA:CPU always does, XLA:GPU
@@ -22,6 +24,7 @@ Tied parameters are listed by the strategy of the layer that uses them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Literal
 
@@ -52,6 +55,8 @@ class PlannedCollective:
     bytes: float
     """Of all of them: the whole array of a group (result of all-reduce and all-gather, operand of reduce-scatter), or
     the local array of all-to-all and collective-permute."""
+    once: bool = False
+    """It runs once a step, not in every microbatch."""
 
 
 def plan_collectives(
@@ -75,7 +80,7 @@ def plan_collectives(
         before: Strategy | None = None
         held: set[Strategy] = set()
         for name, strategy in stage.layers():
-            layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size)
+            layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size, plan.microbatches > 1)
             found += layer.relayout(before) if before else ()
             found += layer.activations(merged=sums_before_reducing)
             found += layer.weights(merged=sums_before_reducing, held=held)
@@ -92,6 +97,8 @@ class _PlannedLayer:
     kind: LayerKind
     strategy: Strategy
     microbatch: int
+    accumulates: bool
+    """Gradients of several microbatches are summed up."""
 
     def relayout(self, before: Strategy) -> Iterator[PlannedCollective]:
         """Yield what brings the stream from the layer before, and its cotangent back."""
@@ -126,30 +133,40 @@ class _PlannedLayer:
             yield from self._some(
                 "all-gather", "weights", "backward", ranks, self._bytes(True, lambda p: remat in p.reread)
             )
-        divided, whole = (self._bytes(part, lambda p: min(p.sums, 1) if merged else p.sums) for part in (True, False))
-        if not zero:
-            yield from self._some("all-reduce", "gradient", "backward", spread.ranks, divided + whole)
-            return
-        yield from self._some("reduce-scatter", "gradient", "backward", ranks, divided)
-        if spread.replicas > 1:
-            yield from self._some("all-reduce", "gradient", "backward", spread.replicas, divided / ranks)
-        yield from self._some("all-reduce", "gradient", "backward", spread.ranks, whole)
+        yield from self._gradients(spread, merged=merged)
 
-    def _bytes(self, divided: bool, times: Callable[[Parameter], float]) -> float:
-        """Bytes of the parameters that zero can divide, or of the others, each so many times, in the compute dtype."""
+    def _gradients(self, spread: Spread, *, merged: bool) -> Iterator[PlannedCollective]:
+        deferred = self.accumulates and spread.zero <= 1
+        number = _one if merged or deferred else _each
+        divided, whole = (self._bytes(part, number, stored=deferred) for part in (True, False))
+        some = functools.partial(self._some, cause="gradient", phase="backward")
+        if not spread.zero:
+            yield from some("all-reduce", group=spread.ranks, size_bytes=divided + whole, once=deferred)
+            return
+        yield from some("reduce-scatter", group=spread.zero_ranks, size_bytes=divided, once=deferred)
+        if spread.replicas > 1:
+            shards = self._bytes(True, _one, stored=self.accumulates) / spread.zero_ranks
+            yield from some("all-reduce", group=spread.replicas, size_bytes=shards, once=self.accumulates)
+        yield from some("all-reduce", group=spread.ranks, size_bytes=whole, once=deferred)
+
+    def _bytes(self, divided: bool, times: Callable[[Parameter], float], *, stored: bool = False) -> float:
+        """Bytes of the parameters that zero can divide, or of the others, each so many times.
+
+        In the compute dtype, or as ``stored``.
+        """
         candidate, ranks, sizes = self.kind.best_candidate, self.strategy.zero_ranks, self.kind.classes
         shards = candidate.shards(self.strategy.tp, sizes) if candidate else {}
         return sum(
-            times(p) * p.array(p.compute_dtype).local_bytes(sizes, shards)
+            times(p) * p.array(p.dtype if stored else p.compute_dtype).local_bytes(sizes, shards)
             for p in self.kind.parameters
             if (zero_dim(p, sizes, shards, ranks) is not None) == divided
         )
 
     def _some(
-        self, kind: CollectiveKind, cause: Cause, phase: Phase, group: int, size_bytes: float
+        self, kind: CollectiveKind, cause: Cause, phase: Phase, group: int, size_bytes: float, once: bool = False
     ) -> Iterator[PlannedCollective]:
         if size_bytes:
-            yield self._planned(kind, cause, phase, group, size_bytes)
+            yield dataclasses.replace(self._planned(kind, cause, phase, group, size_bytes), once=once)
 
     def _of_passes(
         self, collectives: Iterable[SpreadCollective], cause: Cause, merged: bool
@@ -181,3 +198,12 @@ class _PlannedLayer:
             count=count,
             bytes=size_bytes,
         )
+
+
+def _each(parameter: Parameter) -> float:
+    """A reduction for each of the partial results that its gradient adds up."""
+    return parameter.sums
+
+
+def _one(parameter: Parameter) -> float:
+    return min(parameter.sums, 1)

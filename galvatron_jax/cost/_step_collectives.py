@@ -4,7 +4,7 @@ With m microbatches, from ``plan_collectives`` (one microbatch):
 
     tensor, data, weights, relayout     m times
     gradient, zero 2 and 3              m times: reduced into the sharded accumulator
-    gradient, zero 0 and 1              once, after the last microbatch
+    gradient, zero 0 and 1; replicas    once, after the last microbatch
     and under zero 1 and 2              one all-gather of the updated parameters that zero shards, in the storage dtype
 
 Not listed: scalars (the global norm for clipping), messages between stages.
@@ -25,12 +25,8 @@ def step_collectives(
     plan: Plan, model: ModelProfile, *, sums_before_reducing: bool = False
 ) -> tuple[PlannedCollective, ...]:
     """Return the collectives of one train step, layer by layer; arguments and errors as ``plan_collectives``."""
-    strategies = [strategy for _, strategy in plan.layers()]
-    once = plan_collectives(plan, model, sums_before_reducing=sums_before_reducing)
-    repeated = [
-        _times(item, 1 if item.cause == "gradient" and strategies[item.layer].zero < 2 else plan.microbatches)
-        for item in once
-    ]
+    listed = plan_collectives(plan, model, sums_before_reducing=sums_before_reducing)
+    repeated = [item if item.once else _times(item, plan.microbatches) for item in listed]
     return (*repeated, *_updated_parameters(plan, model))
 
 

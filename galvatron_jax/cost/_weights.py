@@ -8,10 +8,11 @@ is all-reduced by the r ranks with the same shard.
 
 * zero 0 and 1 reduce gradients once per step (microbatches are summed locally before), zero 2 and 3 reduce-scatter in
   every microbatch; zero 3 gathers weights in forward and again in backward of every microbatch; zero 1 and 2 gather the
-  updated parameters once per step. Whatever reduce-scatters also all-reduces across replicas, right behind it.
+  updated parameters once per step. Across replicas the scattered gradient is all-reduced right behind the
+  reduce-scatter, or once per step where microbatches are summed first.
 * Gathers move the compute dtype (the cast comes first). Reductions move it too, since the partitioner reduces the
   product itself (XLA:GPU, bf16: 5.77 MB for 2.4 M parameters, that is 2.4 bytes each), except the once-per-step
-  reduction of several microbatches, which moves the accumulator. The once-per-step gather moves the storage dtype.
+  reductions of several microbatches, which move the accumulator. The once-per-step gather moves the storage dtype.
 * A parameter that the ranks do not divide is never sharded: its gradient is all-reduced over all ranks at every zero
   level.
 * A layer *borrows* the tied parameters that a layer before it keeps on the same stage: it does not update them. How
@@ -121,15 +122,15 @@ def weight_work(
         pieces = 1 if hardware.combines_gathers else max(1, weights.arrays)
         return pieces * collective_seconds("all-gather", size_bytes / pieces, group, hardware)
 
-    reduce_s = _reduction(weights, hardware, spread, accumulates, gpus)
+    reduce_each_s, reduce_once_s = _reductions(weights, hardware, spread, accumulates, gpus)
     message_s = message_seconds(weights.tied.stored, hardware.inter_node) if pipelined and weights.tied.stored else 0.0
     return WeightWork(
         forward_s=casts("forward", zero >= 3),
         backward_s=casts("backward", zero >= 2)
         + (memory_bound(gradient.computed + 2 * gradient.stored) if accumulates else 0.0),
         gather_s=gather(weights.divided.computed) if zero >= 3 else 0.0,
-        reduce_each_s=reduce_s if zero >= 2 else 0.0,
-        reduce_once_s=reduce_s if zero <= 1 else 0.0,
+        reduce_each_s=reduce_each_s,
+        reduce_once_s=reduce_once_s,
         gather_once_s=(gather(weights.divided.stored) if zero in (1, 2) else 0.0) + message_s,
         update_s=memory_bound(3 * updated.stored + 2 * state * updated.elements),
     )
@@ -140,14 +141,20 @@ def borrows(weights: Weights, pipelined: bool) -> bool:
     return not pipelined and weights.tied.elements > 0
 
 
-def _reduction(weights: Weights, hardware: HardwareProfile, spread: Spread, accumulates: bool, gpus: int) -> float:
-    """Seconds of reducing one gradient of all weights."""
+def _reductions(
+    weights: Weights, hardware: HardwareProfile, spread: Spread, accumulates: bool, gpus: int
+) -> tuple[float, float]:
+    """Seconds of reducing the gradient of all weights: in each microbatch, and once per step."""
     everyone, group, across = spread.groups(gpus)
-    stored = accumulates and spread.zero <= 1
-    divided = weights.divided.stored if stored else weights.divided.computed
-    whole = weights.whole.stored if stored else weights.whole.computed
+    deferred = accumulates and spread.zero <= 1
+    divided = weights.divided.stored if deferred else weights.divided.computed
+    whole = weights.whole.stored if deferred else weights.whole.computed
     if not spread.zero:
-        return collective_seconds("all-reduce", divided + whole, everyone, hardware)
-    scattered_s = collective_seconds("reduce-scatter", divided, group, hardware)
-    replicas_s = collective_seconds("all-reduce", divided / spread.zero_ranks, across, hardware)
-    return scattered_s + replicas_s + collective_seconds("all-reduce", whole, everyone, hardware)
+        return 0.0, collective_seconds("all-reduce", divided + whole, everyone, hardware)
+    inside_s = collective_seconds("reduce-scatter", divided, group, hardware)
+    inside_s += collective_seconds("all-reduce", whole, everyone, hardware)
+    summed = weights.divided.stored if accumulates else weights.divided.computed
+    across_s = collective_seconds("all-reduce", summed / spread.zero_ranks, across, hardware)
+    if spread.zero == 1:
+        return 0.0, inside_s + across_s
+    return (inside_s, across_s) if accumulates else (inside_s + across_s, 0.0)

@@ -79,7 +79,8 @@ class Copies:
         """Return the sum over the copies, put as ``row`` says: the reduction over the ranks.
 
         With replicas (hsdp) first inside each group, scattered there, then across: in one step the partitioner would
-        reduce whole arrays over all ranks.
+        reduce whole arrays over all ranks. In the array's own dtype: ``jnp.sum`` would add bfloat16 up in float32, and
+        so move twice the bytes.
         """
         axis, across = int(stacked), self.layout.replica_axes
         if across and self.layout.strategy.zero and len(across) < len(self.axes):
@@ -87,9 +88,9 @@ class Copies:
             shape = (*array.shape[:axis], groups, self.count // groups, *array.shape[axis + 1 :])
             inside = Copies(self.layout, across)
             array = jax.lax.with_sharding_constraint(
-                jnp.sum(array.reshape(shape), axis + 1), inside.place(row, stacked=stacked)
+                jax.lax.reduce_sum(array.reshape(shape), (axis + 1,)), inside.place(row, stacked=stacked)
             )
-        total = jnp.sum(array, axis)
+        total = jax.lax.reduce_sum(array, (axis,))
         spec = PartitionSpec(None, *row.spec) if stacked else row.spec
         return jax.lax.with_sharding_constraint(total, self.layout.stage.sharding(spec))
 

@@ -221,6 +221,16 @@ class StageModel:
         ]
 
     @functools.cached_property
+    def spread_shardings(self) -> list[NamedSharding]:
+        """Where ``spread`` arrays live."""
+        return [
+            copies.place(slot.leaf_sharding("parameter"), stacked=slot.is_stacked)
+            if copies
+            else slot.sharding("parameter")
+            for slot, copies in zip(self.slots, self._slot_copies, strict=True)
+        ]
+
+    @functools.cached_property
     def sum_shardings(self) -> list[NamedSharding]:
         """Where sums of the gradients of ``spread`` arrays live."""
         return [

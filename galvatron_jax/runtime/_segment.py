@@ -130,7 +130,7 @@ class _Weights:
             if self._reduction.in_float32:
                 return (self.copies.sum(cotangent.astype(dtype), place),)
             inside = jax.lax.with_sharding_constraint(cotangent, self.copies.place(place))
-            return (self.copies.sum(inside.astype(dtype), place),)
+            return (self.copies.sum(inside, place).astype(dtype),)
 
         use = jax.custom_vjp(copied)
         use.defvjp(lambda weight: (copied(weight), None), backward)

@@ -192,7 +192,10 @@ class StagePrograms:
 
         def accumulate(carry: tuple[Any, Any, Any], microbatch: list[Any]) -> tuple[tuple[Any, Any, Any], None]:
             total, sums, model_state = carry
-            (loss, model_state), gradients = grad(parameters, model_state, microbatch)
+            # Else the compiler casts and gathers the weights of single layers before the loop, and keeps them over it.
+            held, microbatch = jax.lax.optimization_barrier((parameters, microbatch))
+            held = jax.lax.with_sharding_constraint(held, self.model.spread_shardings)  # gathered after, not before
+            (loss, model_state), gradients = grad(held, model_state, microbatch)
             gradients = jax.lax.with_sharding_constraint(gradients, places)
             sums = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, gradients), places)
             return (total + loss, sums, model_state), None

@@ -114,8 +114,10 @@ def test_relayout_is_listed_with_the_layer_that_takes_the_stream() -> None:
     assert of_layer(found, 3, "relayout") == {("all-gather", "backward", 8, STREAM): 1}
 
 
-def test_bytes_are_those_of_one_microbatch() -> None:
-    assert listed(*[tp(2)] * 3, microbatches=4) == listed(*[tp(2)] * 3, microbatches=1)
+def test_bytes_are_those_of_one_microbatch_but_sums_of_several_are_reduced_once_in_float32() -> None:
+    one, several = (listed(*[tp(2)] * 3, microbatches=count) for count in (1, 4))
+    assert [c for c in several if not c.once] == [c for c in one if c.cause != "gradient"]
+    assert [c.bytes for c in several if c.once] == [2 * c.bytes for c in one if c.cause == "gradient"]
 
 
 def test_stages_of_one_device_list_nothing() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from galvatron_jax.cost import PlannedCollective, plan_collectives
 from galvatron_jax.verify import HloCollective, collectives
-from tests.runtime.planned import Strategies, dp, llama, planned, tp
+from tests.runtime.planned import Strategies, dp, hsdp, llama, planned, tp, tp_hsdp
 
 pytestmark = pytest.mark.multidevice
 
@@ -47,6 +47,7 @@ SLOW_PLANS = {
     "sp remat": Case((tp(8, sp=True, remat="full"),) * 6),
     "sp and zero": Case((tp(2, sp=True, zero=1), tp(4, sp=True, zero=2), dp(2), tp(8, sp=True), tp(2), tp(4, sp=True))),
     "zero 3": Case((dp(3),) * 6),
+    "replicas": Case((hsdp(1, 2), hsdp(2, 4), hsdp(3, 2), hsdp(3, 2, "full"), tp_hsdp(2, 3, 2), hsdp(3, 4))),
     "zero 3 and tp": Case((dp(3), tp(2, zero=3), tp(4, sp=True, zero=3, remat="full"), dp(3, "full"), dp(3), tp(4))),
 }
 CASES = [pytest.param(case, id=name) for name, case in EVERY_PLAN.items()] + [
@@ -67,15 +68,18 @@ def test_predicted_collectives_equal_the_compiled_ones(case: Case) -> None:
         pytest.param((dp(), tp(2), tp(4), dp(), tp(2, remat="full"), tp(8)), id="zero 0"),
         pytest.param((dp(1), tp(2, zero=1), tp(4, zero=1), dp(2), tp(2, zero=2), tp(8)), id="zero levels"),
         pytest.param((tp(4, sp=True, zero=1), *[tp(4, sp=True, remat="full")] * 4, tp(4, sp=True)), id="sp"),
+        pytest.param(
+            (dp(3), tp(2, zero=3), tp(4, sp=True, zero=3, remat="full"), dp(3, "full"), hsdp(3, 2), hsdp(1, 2)),
+            id="zero 3 and replicas",
+        ),
     ],
 )
-def test_zero_0_and_1_reduce_gradients_once_a_step_and_the_rest_runs_in_every_microbatch(
+def test_sums_of_microbatches_are_reduced_once_a_step_and_the_rest_runs_in_every_microbatch(
     strategies: Strategies,
 ) -> None:
     sharded = planned(strategies, microbatches=2)
     predicted = plan_collectives(sharded.plan, sharded.analysis.profile)
-    levels = [strategy.zero for strategy in strategies]
-    once = [c for c in predicted if c.cause == "gradient" and levels[c.layer] <= 1]
+    once = [c for c in predicted if c.once]
     compiled = collectives(sharded.compiled_gradients())
     in_step = {key: 2 * size for key, size in predicted_totals(c for c in predicted if c not in once).items()}
     assert compiled_totals(c for c in compiled if c.in_loop) == in_step
