@@ -47,6 +47,7 @@ def _train(config: RunConfig, given: argparse.Namespace) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's own account of what we report ourselves
     # Not at the top: JAX reads its environment when it is imported.
     from ..distributed import initialize
+    from ._goodput import describe
     from ._trainer import AutoTrainer
 
     place = initialize()
@@ -62,9 +63,9 @@ def _train(config: RunConfig, given: argparse.Namespace) -> int:
         return outcome.exit_code
     held_out = f", held-out loss {outcome.held_out_loss:.4f}" if outcome.held_out_loss is not None else ""
     loss = f", loss {outcome.loss:.4f}" if outcome.loss is not None else ""
-    print(
-        f"{outcome.status}: step {outcome.step}{loss}{held_out}; goodput {outcome.goodput['goodput']:.0%}", flush=True
-    )
+    print(f"{outcome.status}: step {outcome.step}{loss}{held_out}; {describe(outcome.goodput)}", flush=True)
+    if outcome.status in ("preempted", "interrupted"):
+        print(f"saved in {trainer.folder}; the same command goes on from here", flush=True)
     return outcome.exit_code
 
 

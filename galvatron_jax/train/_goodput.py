@@ -10,10 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
+LEAST_SHARE = 0.005
+"""Smaller ones are not told."""
+
 Category = Literal["setup", "steps", "data", "checkpoint", "evaluation"]
+
+
+def describe(summary: Mapping[str, float]) -> str:
+    """Say in one line where the time went: the shares of the wall clock and of what was lost before it."""
+    whole_s = max(summary["wall"] + summary["lost"], 1e-9)
+    others = ("setup", "data", "checkpoint", "evaluation", "other", "lost")
+    shares = [f"{name} {summary[name] / whole_s:.0%}" for name in others if summary[name] / whole_s >= LEAST_SHARE]
+    return f"goodput {summary['goodput']:.0%}" + f" ({', '.join(shares)})" * bool(shares)
 
 
 class Goodput:

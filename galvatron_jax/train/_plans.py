@@ -109,8 +109,9 @@ def describe_change(before: Plan, after: Plan) -> str:
 def plan_text(plan: Plan) -> str:
     """Say in one line what a plan is."""
     runs = [f"{run.count} {run.kind} {run.strategy}" for stage in plan.stages for run in stage.runs]
+    batches = f"{plan.microbatches} microbatch{'es' * (plan.microbatches > 1)}"
     stages = f"{len(plan.stages)} stage{'s' * (len(plan.stages) > 1)}"
-    return f"{plan.cluster.mesh} {plan.cluster.gpu}, {stages}, {plan.microbatches} microbatches [{'; '.join(runs)}]"
+    return f"{plan.cluster.mesh} {plan.cluster.gpu}, {stages}, {batches} [{'; '.join(runs)}]"
 
 
 def _cluster(settings: RunSettings) -> Cluster:

@@ -74,7 +74,10 @@ class ServiceRanks:
         self._rounds[topic] += 1
         number = self._rounds[topic]
         self._client.key_value_set(f"galvatron/{topic}/{number}/{self.index}", text)
-        said = tuple(self._read(f"galvatron/{topic}/{number}/{rank}", timeout_s) for rank in range(self.count))
+        said = tuple(
+            text if rank == self.index else self._read(f"galvatron/{topic}/{number}/{rank}", timeout_s)
+            for rank in range(self.count)
+        )
         if self.index == 0 and number > 1:  # all have said this round's word, so all have read the last round's
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 self._client.key_value_delete(f"galvatron/{topic}/{number - 1}/")

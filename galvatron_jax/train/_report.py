@@ -72,8 +72,8 @@ class Line:
 
 LEAST_STEPS = 5
 """Of which the mean is shown."""
-NARROW = 110
-"""Columns of a terminal below which the live table leaves some figures out."""
+LEFT_OUT = ((122, ("lr", "per device")), (98, ("lr", "per device", "memory")))
+"""What the live table leaves out on terminals of fewer columns: lines that wrap cannot be read."""
 
 HEADINGS = ("step", "loss", "grad", "lr", "tokens/s", "per device", "MFU", "memory", "s/step", "left")
 WIDTHS = (11, 8, 8, 9, 9, 10, 6, 19, 21, 9)
@@ -192,8 +192,7 @@ class Reporter:
         if self._out is None:
             return
         if not self._headed:
-            heads = {**dict(zip(HEADINGS, HEADINGS, strict=True)), "memory": "memory (plan)", "s/step": "s/step (plan)"}
-            print(_row(heads), file=self._out)
+            print(_row({heading: _head(heading) for heading in HEADINGS}), file=self._out)
             self._headed = True
         print(_row(cells), file=self._out, flush=True)
 
@@ -221,14 +220,26 @@ class _LiveTable:
         self._live.stop()
 
     def _draw(self) -> Any:
-        from rich.table import Table
+        return live_table(self._rows, shutil.get_terminal_size().columns)
 
-        left_out = ("lr", "per device") if shutil.get_terminal_size().columns < NARROW else ()
-        headings = [heading for heading in HEADINGS if heading not in left_out]
-        table = Table(*headings, box=None, pad_edge=False)
-        for row in self._rows:
-            table.add_row(*(row[heading] for heading in headings))
-        return table
+
+def live_table(rows: Sequence[dict[str, str]], columns: int) -> Any:
+    """Return the table (of ``rich``) of some lines' cells for a terminal of so many columns."""
+    from rich.table import Table
+
+    left_out = {name for least, names in LEFT_OUT if columns < least for name in names}
+    headings = [heading for heading in HEADINGS if heading not in left_out]
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(_head(heading), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[heading] for heading in headings))
+    return table
+
+
+def _head(heading: str) -> str:
+    """Return the heading of a column; what is predicted stands in brackets."""
+    return f"{heading} (plan)" if heading in ("memory", "s/step") else heading
 
 
 def _row(cells: dict[str, str]) -> str:

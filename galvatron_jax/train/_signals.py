@@ -8,12 +8,15 @@ at once, during compilation and during a save too.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
 from types import FrameType
+
+_log = logging.getLogger(__name__)
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,6 +33,7 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = signal.Signals(number)
+        _log.warning("%s: a checkpoint is written, then this run stops; once more stops it at once", self.signal.name)
 
 
 @contextlib.contextmanager

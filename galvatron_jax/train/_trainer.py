@@ -43,7 +43,7 @@ from ._judge import Judge
 from ._loop import Loop, Outcome, free_state
 from ._memory import is_out_of_memory, learn_margin
 from ._next_plan import Limits, offer_plan, simpler_than
-from ._plans import PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware
+from ._plans import PLAN_NAME, Choice, choose_plan, describe_change, learnt_hardware, plan_text
 from ._preflight import check_preflight, gather_facts
 from ._profile_window import ProfileWindow
 from ._ranks import Ranks, current_ranks
@@ -274,6 +274,7 @@ class AutoTrainer:
             raise self._translated(error, sharded, "building the state") from error
         if ranks.index == 0:
             save_plan(plan, self.folder / PLAN_NAME)
+        _speaker(ranks)(f"plan: {plan_text(plan)}")
         return sharded
 
     def _restore(self, store: CheckpointStore, sharded: ShardedModel, data: DataSet) -> Progress | None:

@@ -31,8 +31,9 @@ LOSS_RTOL = 2e-5
 def test_pipeline_over_processes_survives_a_kill_and_a_sigterm_and_goes_on_under_one_stage(
     runs: Runs, control: Run, tmp_path: Path
 ) -> None:
-    """A stage in each of two processes: killed at step 6, asked to stop at step 9; then one process with one stage.
+    """A stage in each of two processes: killed at step 9, asked to stop there; then one process with one stage.
 
+    The save of step 8 waited for that of step 4, so that at step 9 there is something to go on from on any machine.
     The first weights come from safetensors (each process reads its own) and are those that the control run begins with.
     """
     alone = load_plan(control.folder / "plan.json")
@@ -42,7 +43,7 @@ def test_pipeline_over_processes_survives_a_kill_and_a_sigterm_and_goes_on_under
     weights = str(first_weights(control, tmp_path / "weights"))
     run = runs.new(model={"huggingface": weights, "changes": {}}, checkpoint={"timeout_s": 60.0})
     faults = [
-        {"kind": "kill", "step": 6, "rank": 1, "attempt": 1},
+        {"kind": "kill", "step": 9, "rank": 1, "attempt": 1},
         {"kind": "terminate", "step": 9, "rank": 1, "attempt": 2},
     ]
     ended = run.apart(
@@ -53,7 +54,7 @@ def test_pipeline_over_processes_survives_a_kill_and_a_sigterm_and_goes_on_under
     )
     assert ended.returncode == 75, ended.stderr
     assert "the run ended with 137; 1 restarts left" in ended.stderr
-    assert "resumed from step 4" in ended.stdout
+    assert re.search("resumed from step [48]\n", ended.stdout)
     saved = int(run.checkpoints[-1].removeprefix("step_"))
     assert 9 <= saved < STEPS
     ended = run.apart("--plan", str(control.folder / "plan.json"))
@@ -66,7 +67,7 @@ def test_pipeline_over_processes_survives_a_kill_and_a_sigterm_and_goes_on_under
 @pytest.mark.slow
 def test_full_disk_and_rollback_are_agreed_upon_by_all_processes(runs: Runs, tmp_path: Path) -> None:
     """Two processes; one finds the disk full, before and in a save; a batch is not finite: both act alike."""
-    run = poisoned_run(runs, tmp_path, "rollback", checkpoint={"timeout_s": 10.0, "every": 3})
+    run = poisoned_run(runs, tmp_path, "rollback", checkpoint={"timeout_s": 20.0, "every": 3})
     faults = [
         {"kind": "disk_full", "point": "before_save", "step": 3, "rank": 1},
         {"kind": "disk_full", "point": "mid_save", "step": 9, "rank": 0},
@@ -108,7 +109,7 @@ def assert_same_run(run: Run, control: Run) -> None:
 EXCHANGE = """
 import json, sys
 from galvatron_jax.distributed import initialize
-place = initialize(heartbeat_timeout_s=20)
+place = initialize()
 from galvatron_jax.errors import PreflightError
 from galvatron_jax.train._agreement import Agreement, Flag
 from galvatron_jax.train._preflight import check_preflight, gather_facts

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
+import rich.console
 
 from galvatron_jax.plan import Plan, Prediction, StagePrediction
-from galvatron_jax.train._goodput import Goodput
-from galvatron_jax.train._report import HEADINGS, Reporter, StepRecord
+from galvatron_jax.train._goodput import Goodput, describe
+from galvatron_jax.train._report import HEADINGS, Line, Reporter, StepRecord, live_table
 from galvatron_jax.train._trackers import JsonLines, read_metrics
 from tests.support.plans import small_plan
 
@@ -79,6 +81,31 @@ def test_line_holds_every_figure_measured_beside_predicted() -> None:
     assert memory.metrics[4]["mfu"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(("columns", "shown"), [(80, 7), (100, 8), (122, 10), (200, 10)])
+def test_live_table_never_wraps(columns: int, shown: int) -> None:
+    widest = Line(
+        step=99_999,
+        steps=100_000,
+        loss=10.0,
+        gradient_norm=0.000123,
+        learning_rate=1e-5,
+        tokens_per_s=123.4e6,
+        devices=2,
+        mfu=0.543,
+        peak_bytes=77 * 2**30,
+        predicted_peak_bytes=78 * 2**30,
+        step_time_s=0.1234,
+        predicted_step_time_s=0.1234,
+        left_s=86_399,
+    ).cells()
+    console = rich.console.Console(width=columns, file=io.StringIO(), color_system=None)
+    lines = ["".join(piece.text for piece in line) for line in console.render_lines(live_table([widest], columns))]
+    assert len(lines) == 2
+    assert "…" not in "".join(lines)
+    found = [heading for heading in HEADINGS if widest[heading] in lines[1]]
+    assert len(found) == shown
+
+
 def test_plan_without_prediction_shows_what_is_known() -> None:
     out = io.StringIO()
     reporter = Reporter(small_plan(), steps=5, every=1, devices=4, trackers=[], out=out)
@@ -119,3 +146,6 @@ def test_goodput_adds_up() -> None:
     assert found["other"] == pytest.approx(2)
     assert sum(found[name] for name in ("setup", "steps", "data", "checkpoint", "evaluation", "other")) == 80
     assert found["goodput"] == pytest.approx(0.6)
+    text = describe(found)
+    assert text.startswith("goodput 60% (setup ")
+    assert sum(int(share) for share in re.findall(r"(\d+)%", text)) == pytest.approx(100, abs=3)
