@@ -16,9 +16,14 @@ from ._model import plan_stages as plan_stages
 from ._options import compiler_options as compiler_options
 from ._pipeline import PipelinePrograms as PipelinePrograms
 from ._placing import UnreadArray as UnreadArray
+from ._planned_pipeline import PlannedPipeline as PlannedPipeline
+from ._planned_pipeline import plan_pipeline as plan_pipeline
 from ._share import Crossing as Crossing
 from ._share import StageShare as StageShare
 from ._slots import Slot as Slot
+from ._stage_calls import Call as Call
+from ._stage_calls import StageCalls as StageCalls
+from ._stage_calls import local_bytes as local_bytes
 from ._step import StagePrograms as StagePrograms
 from ._step import TrainState as TrainState
 from ._turns import in_turn as in_turn

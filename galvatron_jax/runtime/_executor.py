@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from ._events import Compute, Event, Phase, Transfer
 from ._guard import StepMetrics
 from ._passes import Kept
-from ._pipeline_stage import Gradients, Known, PipelineStage, StageState
+from ._pipeline_stage import Gradients, StageState
 from ._pipeline_state import States
 from ._placing import is_here
+from ._planned_pipeline import PlannedPipeline
 from ._turns import in_turn
 from ._wiring import Wiring
 
@@ -30,38 +31,26 @@ Batch = list[Mapping[int, Any]]
 class Executor:
     """A pipeline's stages, their connections and the order of a step."""
 
-    def __init__(
-        self,
-        stages: Sequence[PipelineStage],
-        slices: int,
-        wiring: Wiring,
-        *,
-        training: Sequence[Event],
-        evaluation: Sequence[Event],
-        known: Known,
-        export_lengths: Sequence[Sequence[int]],
-    ) -> None:
+    def __init__(self, planned: PlannedPipeline, wiring: Wiring) -> None:
         """Keep what concerns this process.
 
         Args:
-            stages: All stages, in layer order.
-            slices: Number of device slices.
+            planned: All stages, in layer order, and the order of a step.
             wiring: All connections.
-            training: The global order of a training step.
-            evaluation: The global order of an evaluation.
-            known: See ``PipelineStage.exports``.
-            export_lengths: Length of the exchanged vectors, by round and chunk.
+
+        Raises:
+            PlanError: the order of the schedule can never finish.
         """
-        self.stages, self.slices, self.wiring = list(stages), slices, wiring
-        self.local = [is_here(stage.model.mesh.replicated) for stage in stages]
-        self.training = [event for event in training if self._concerns(event)]
-        self.evaluation = [event for event in evaluation if self._concerns(event)]
-        self._lengths = export_lengths
-        self._exports = [stage.exports(known) for stage in stages]
-        self._updates = [stage.update(known) for stage in stages]
-        self._ties = [tie for stage in stages for tie in stage.owned_ties]
+        self.stages, self.slices, self.wiring = list(planned.stages), len(planned.slices), wiring
+        self.local = [is_here(stage.model.mesh.replicated) for stage in self.stages]
+        self.training = [event for event in planned.training if self._concerns(event)]
+        self.evaluation = [event for event in planned.evaluation if self._concerns(event)]
+        self._lengths = planned.export_lengths
+        self._exports = [stage.exports(planned.known) for stage in self.stages]
+        self._updates = [stage.update(planned.known) for stage in self.stages]
+        self._ties = [tie for stage in self.stages for tie in stage.owned_ties]
         count = self.stages[0].passes.microbatches
-        self._numbers: list[Arrays | None] = [self._microbatch_numbers(s, count) for s in range(slices)]
+        self._numbers: list[Arrays | None] = [self._microbatch_numbers(s, count) for s in range(self.slices)]
 
     # ---------------------------------------------------------------------------------------------------------- steps
     def train(self, states: States, batch: Batch) -> tuple[States, StepMetrics]:
@@ -87,10 +76,7 @@ class Executor:
 
     def _finish(self, states: States, flight: Flight) -> tuple[States, StepMetrics]:
         """From gradient sums to new states."""
-        gradients = [
-            in_turn(stage.gradients(sums, total)) if local else None
-            for stage, sums, total, local in zip(self.stages, flight.sums, flight.losses, self.local, strict=True)
-        ]
+        gradients = [in_turn(flight.take_means(k)) if local else None for k, local in enumerate(self.local)]
         tied = self._collect_tied(gradients)
         vectors: list[list[list[Any]] | None] = [[] if self.local[s] else None for s in range(self.slices)]
         for number in range(len(self._lengths)):
@@ -206,6 +192,12 @@ class Flight:
                 self._backward(event.stage, event.microbatch)
             in_turn((self._made, self._arrived, self.kept, self.sums, self.losses))
             yield event
+
+    def take_means(self, stage: int) -> Gradients:
+        """Return the mean gradients of a stage; its sums are given away, so that none outlives them."""
+        sums, self.sums[stage] = self.sums[stage], None
+        means: Gradients = self._executor.stages[stage].gradients(self.losses[stage], *sums)
+        return means
 
     def _transfer(self, transfer: Transfer) -> None:
         source, target, phase, m = transfer

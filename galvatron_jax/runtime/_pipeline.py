@@ -15,22 +15,15 @@ from jax.sharding import NamedSharding
 
 from ..analysis import Analysis
 from ..plan import Plan
-from ..schedule import build_schedule
 from ._batches import BatchRows
-from ._cut_optimizer import CutOptimizer, Values
-from ._events import Event, Phase, check_order, forwards_only, global_order, project
 from ._executor import Batch, Executor
 from ._guard import StepMetrics
 from ._links import LinkName
-from ._mesh import stage_mesh
-from ._model import StageModel, plan_stages
-from ._passes import StagePasses
-from ._pipeline_stage import PipelineStage
 from ._pipeline_state import PipelineStates, States
 from ._placing import is_here
-from ._stage_optimizer import StageOptimizer, receive
+from ._planned_pipeline import plan_pipeline
 from ._step import TrainState
-from ._wiring import Tie, find_ties, gradient_place, weight_place, wire
+from ._wiring import wire
 
 
 class PipelinePrograms:
@@ -60,27 +53,12 @@ class PipelinePrograms:
             UnsupportedError: the model's state or the optimizer cannot be cut into stages.
             PlanError: the order of the schedule can never finish.
         """
-        self.analysis, self._plan = analysis, plan
-        count = plan.stages[0].devices
-        slices = [stage_mesh(plan.cluster, devices[s * count : (s + 1) * count]) for s in range(plan.slices)]
-        meshes = [slices[k % plan.slices] for k in range(len(plan.stages))]
-        models = plan_stages(analysis, plan, meshes, reduces_in_float32=reduces_in_float32)
-        cut, ties = CutOptimizer(optimizer, analysis.trace.parameters), find_ties(models)
-        self.stages = [_stage(k, models, cut, ties, plan.microbatches) for k in range(len(models))]
-        wiring = wire(models, slices, ties, link)
-        self._states = PipelineStates(analysis, cut, self.stages, wiring, link)
+        planned = plan_pipeline(analysis, plan, optimizer, devices, reduces_in_float32=reduces_in_float32)
+        self.analysis, self._planned, self.stages = analysis, planned, list(planned.stages)
+        wiring = wire(planned.models, planned.slices, planned.ties, link)
+        self._states = PipelineStates(analysis, planned.cut, self.stages, wiring, link)
         self._rows = BatchRows(plan.global_batch, plan.microbatches, True, analysis.trace.has_samples)
-        self.executor = Executor(
-            self.stages,
-            plan.slices,
-            wiring,
-            training=self._order(build_schedule(plan.schedule, plan.slices, plan.microbatches, plan.chunks)),
-            evaluation=self._order(
-                forwards_only(build_schedule(plan.schedule, plan.slices, plan.microbatches, plan.chunks))
-            ),
-            known=self._known,
-            export_lengths=self._export_lengths(len(cut.cut.exports)),
-        )
+        self.executor = Executor(planned, wiring)
 
     # ---------------------------------------------------------------------------------------------------------- state
     def create(self, build: Callable[[], tuple[Any, Any]]) -> States:
@@ -136,60 +114,6 @@ class PipelinePrograms:
     # ---------------------------------------------------------------------------------------------------------- pieces
     @functools.cached_property
     def _batch_places(self) -> list[dict[int, NamedSharding]]:
-        """Where each leaf lives on each device slice of this process: as its first reader there wants it."""
-        places: list[dict[int, NamedSharding]] = [{} for _ in range(self._plan.slices)]
-        for k, stage in enumerate(self.stages):
-            if is_here(stage.model.mesh.replicated):
-                found = stage.model.batch_shardings(microbatched=True)
-                places[k % self._plan.slices] |= {
-                    i: place
-                    for i, place in zip(stage.model.share.batch, found, strict=True)
-                    if i not in places[k % self._plan.slices]
-                }
-        return places
-
-    def _order(self, schedule: Any) -> tuple[Event, ...]:
-        stages = len(self.stages)
-        events = global_order(schedule, stages, self._stage_time)
-        check_order(project(events, self._plan.slices), stages)
-        return events
-
-    def _stage_time(self, stage: int, phase: Phase) -> float:
-        """Return the predicted time of a pass (of any unit, when nothing is predicted)."""
-        predicted = self._plan.predicted
-        if predicted is None or len(predicted.stages) != len(self.stages):
-            return 1.0 if phase == "forward" else 2.0
-        times = predicted.stages[stage]
-        return times.forward_s if phase == "forward" else times.backward_s
-
-    def _known(self, vectors: list[list[Any]]) -> Values:
-        """Return the exchanged values of all rounds so far."""
-        slices, optimizers = self._plan.slices, [stage.optimizer for stage in self.stages]
-        values: Values = {}
-        for number, chunks in enumerate(vectors):
-            values |= receive(optimizers, number, [chunks[k // slices][k % slices] for k in range(len(optimizers))])
-        return values
-
-    def _export_lengths(self, rounds: int) -> list[list[int]]:
-        """Length of the exchanged vectors, by round and chunk: the longest of its stages."""
-        slices = self._plan.slices
-        sizes = [
-            [sum(v.aval.size for v in s.optimizer.exported(number)) for s in self.stages] for number in range(rounds)
-        ]
-        return [[max(1, *row[c * slices : (c + 1) * slices]) for c in range(self._plan.chunks)] for row in sizes]
-
-
-def _stage(
-    number: int, models: Sequence[StageModel], cut: CutOptimizer, ties: Sequence[Tie], microbatches: int
-) -> PipelineStage:
-    mirrored = {tie.mirror_slot: gradient_place(models, tie) for tie in ties if tie.mirror == number}
-    owned = tuple(tie for tie in ties if tie.owner == number)
-    model = models[number]
-    return PipelineStage(
-        number=number,
-        passes=StagePasses(model, microbatches),
-        optimizer=StageOptimizer(cut, model.slots, frozenset(mirrored), makes_loss=model.share.makes_loss),
-        owned_ties=owned,
-        mirrored_places=mirrored,
-        tied_places=[weight_place(models, tie) for tie in owned],
-    )
+        """Where each leaf lives on each device slice of this process."""
+        slices = zip(self._planned.batch_places, self._planned.slices, strict=True)
+        return [places if is_here(mesh.replicated) else {} for places, mesh in slices]

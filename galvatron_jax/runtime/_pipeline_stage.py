@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from ._cut_optimizer import Values
 from ._guard import StepMetrics, guarded
 from ._model import StageModel
+from ._options import compiler_options
 from ._passes import StagePasses
 from ._slots import Leaves, Slot, to_stored, to_user
 from ._stage_optimizer import Inputs, OptimizerState, StageOptimizer
@@ -141,28 +142,28 @@ class PipelineStage:
 
     # ------------------------------------------------------------------------------------------------ once per step
     @functools.cached_property
-    def gradients(self) -> Callable[[Arrays, Any], Gradients]:
-        """The compiled end of the passes: (gradient sums, loss sum) to means, where the optimizer is.
+    def gradients(self) -> Callable[..., Gradients]:
+        """The compiled end of the passes: (loss sum, gradient sums...) to means, where the optimizer is.
 
         Sums that stay as they are are donated.
         """
-        count, sums = self.passes.microbatches, self.passes.sums
-        places = list(self.model.parameter_shardings("optimizer"))
-        for slot, place in self.mirrored_places.items():
-            places[slot] = place
+        count, sums, places = self.passes.microbatches, self.passes.sums, self.gradient_places
         reduced = jax.eval_shape(self.passes.reduce, sums)
         in_place = [s.sharding == p and s.shape == r.shape for s, p, r in zip(sums, places, reduced, strict=True)]
 
-        def means(donated: list[Any], others: list[Any], loss: Any) -> Gradients:
-            sums = [b if a is None else a for a, b in zip(donated, others, strict=True)]
-            return Gradients([total / count for total in self.passes.reduce(sums)], loss / count)
+        def means(loss: Any, *sums: Any) -> Gradients:
+            return Gradients([total / count for total in self.passes.reduce(list(sums))], loss / count)
 
-        program = jax.jit(means, donate_argnums=0, out_shardings=Gradients(places, self.model.mesh.replicated))
-        return lambda sums, loss: program(
-            [a if here else None for a, here in zip(sums, in_place, strict=True)],
-            [None if here else a for a, here in zip(sums, in_place, strict=True)],
-            loss,
-        )
+        donated = [1 + i for i, stays in enumerate(in_place) if stays]
+        return self._jit(means, donated, Gradients(places, self.model.mesh.replicated))
+
+    @functools.cached_property
+    def gradient_places(self) -> list[NamedSharding]:
+        """Where the mean gradient of each slot is: at the optimizer, or where the stage that updates it wants it."""
+        places = list(self.model.parameter_shardings("optimizer"))
+        for slot, place in self.mirrored_places.items():
+            places[slot] = place
+        return places
 
     def exports(self, known: Known) -> Callable[..., Any]:
         """Return the compiled function of an exchange: (gradients, tied gradients, state, vectors before) to vector."""
@@ -172,7 +173,8 @@ class PipelineStage:
             vector = self.optimizer.exports(len(before), inputs, known(before))
             return jnp.pad(vector, (0, length - vector.size))[None]
 
-        return jax.jit(run, static_argnums=4, out_shardings=self.model.mesh.replicated)
+        options = compiler_options(self.model.mesh)
+        return jax.jit(run, static_argnums=4, out_shardings=self.model.mesh.replicated, compiler_options=options)
 
     def update(self, known: Known) -> Callable[..., Any]:
         """Return the compiled update.
@@ -181,7 +183,11 @@ class PipelineStage:
         donated.
         """
         places = (self.state_shardings, self.model.mesh.replicated, list(self.tied_places))
-        return jax.jit(functools.partial(self._update, known), donate_argnums=2, out_shardings=places)
+        return self._jit(functools.partial(self._update, known), (2,), places)
+
+    def _jit(self, function: Callable[..., Any], donated: Sequence[int], places: Any) -> Callable[..., Any]:
+        options = compiler_options(self.model.mesh)
+        return jax.jit(function, donate_argnums=tuple(donated), out_shardings=places, compiler_options=options)
 
     def _update(
         self, known: Known, gradients: Gradients, tied: Arrays, state: StageState, new: Arrays, vectors: list[list[Any]]
