@@ -13,7 +13,8 @@ Listed for one microbatch's forward and backward pass, layer by layer:
                several partial results is reduced as often, or once where sums are merged (``Parameter.sums``).
                With several microbatches, zero 0 and 1 reduce and replicas meet *once* a step: the accumulated sum,
                in the storage dtype
-    relayout   between neighbours of a stage (``_stream.relayout_steps``); backward takes the way back
+    relayout   between neighbours of a stage (``_stream.relayout_steps``), and between its ends and the wire to other
+               stages (``_stream.wire_layout``; listed with the layer at that end); backward takes the way back
 
 A partitioner may spell a reduce-scatter as an all-reduce of the same bytes and a slice (XLA:CPU always does, XLA:GPU
 where it does not recognise the pair), so all-reduce and reduce-scatter are comparable in sum. Not listed: what crosses
@@ -30,7 +31,7 @@ from typing import Literal
 
 from ..plan import Plan, Strategy, check_plan, zero_dim
 from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
-from ._stream import relayout_steps, stream_arrays
+from ._stream import relayout_steps, stream_arrays, wire_layout
 from ._values import Shares
 from ._weights import Spread
 from ._work import SpreadCollective, data_collectives, inner_collectives, runs_again
@@ -76,8 +77,9 @@ def plan_collectives(
     check_plan(plan, model)
     found: list[PlannedCollective] = []
     position = 0
-    for stage in plan.stages:
-        before: Strategy | None = None
+    for s, stage in enumerate(plan.stages):
+        wire = wire_layout(plan.cluster, stage.devices, plan.microbatch_size)
+        before = wire if s else None
         held: set[Strategy] = set()
         for name, strategy in stage.layers():
             layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size, plan.microbatches > 1)
@@ -86,6 +88,10 @@ def plan_collectives(
             found += layer.weights(merged=sums_before_reducing, held=held)
             held.add(strategy)
             before, position = strategy, position + 1
+        if before and s + 1 < len(plan.stages):
+            taker = model.kind(plan.stages[s + 1].runs[0].kind)
+            end = _PlannedLayer(position - 1, taker, wire, plan.microbatch_size, plan.microbatches > 1)
+            found += end.relayout(before)
     return tuple(found)
 
 

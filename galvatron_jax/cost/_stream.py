@@ -23,8 +23,9 @@ programs that XLA:GPU and XLA:CPU make of each of these changes on 8 devices (te
 Backward, the cotangent takes the way back, so it costs what the reverse change costs forward.
 
 Between stages each device sends n / D bytes to its partner, D devices at once ("the wire": batch over all devices of
-the stage, the layout of tp = 1), and so the side values that cross (``_side_values``). The stages' own ends then change
-layout between the wire and their first or last strategy.
+the stage, the layout of tp = 1; a batch too small for that over as many as divide it, and the sequence over the rest),
+and so the side values that cross (``_side_values``). The stages' own ends then change layout between the wire and their
+first or last strategy.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ..cluster import Cluster
 from ..plan import Strategy
 from ..profile import BATCH, Array, CollectiveKind, LayerKind
 from ._collectives import collective_seconds, device_group, message_seconds
@@ -77,8 +79,28 @@ def stream_sizes(kind: LayerKind, setting: Setting) -> dict[str, int]:
 
 
 def wire_strategy(setting: Setting) -> Strategy:
-    """Return the strategy whose layout messages between stages have: batch over all devices of the stage."""
-    return Strategy(dp=setting.stage_devices)
+    """Return the strategy whose layout messages between stages have; see ``wire_layout``."""
+    return wire_layout(setting.cluster, setting.stage_devices, setting.microbatch)
+
+
+def wire_layout(cluster: Cluster, devices: int, microbatch: int) -> Strategy:
+    """Return the strategy whose layout messages between stages have.
+
+    Batch over as many leading mesh axes of the stage as divide it, sequence over the rest (``runtime._wire``).
+
+    Args:
+        cluster: The cluster.
+        devices: Of a stage.
+        microbatch: Samples, over all data-parallel ranks.
+    """
+    return max(
+        (
+            Strategy(tp=d, sp=d > 1, dp=devices // d)
+            for d in cluster.tensor_degrees(devices)
+            if microbatch % (devices // d) == 0
+        ),
+        key=lambda strategy: strategy.dp,
+    )
 
 
 def estimate_relayout(

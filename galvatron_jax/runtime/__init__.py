@@ -1,6 +1,8 @@
 """Runtime: a plan becomes shardings and compiled programs on the devices of a cluster."""
 
 from ._agreement import agree as agree
+from ._events import Compute as Compute
+from ._events import Transfer as Transfer
 from ._guard import StepMetrics as StepMetrics
 from ._guard import guarded as guarded
 from ._guard import step_metrics as step_metrics

@@ -54,7 +54,7 @@ class PipelinePrograms:
             PlanError: the order of the schedule can never finish.
         """
         planned = plan_pipeline(analysis, plan, optimizer, devices, reduces_in_float32=reduces_in_float32)
-        self.analysis, self._planned, self.stages = analysis, planned, list(planned.stages)
+        self.analysis, self.planned, self.stages = analysis, planned, list(planned.stages)
         wiring = wire(planned.models, planned.slices, planned.ties, link)
         self._states = PipelineStates(analysis, planned.cut, self.stages, wiring, link)
         self._rows = BatchRows(plan.global_batch, plan.microbatches, True, analysis.trace.has_samples)
@@ -115,5 +115,5 @@ class PipelinePrograms:
     @functools.cached_property
     def _batch_places(self) -> list[dict[int, NamedSharding]]:
         """Where each leaf lives on each device slice of this process."""
-        slices = zip(self._planned.batch_places, self._planned.slices, strict=True)
+        slices = zip(self.planned.batch_places, self.planned.slices, strict=True)
         return [places if is_here(mesh.replicated) else {} for places, mesh in slices]

@@ -20,7 +20,7 @@ from ._model import StageModel
 from ._passes import Kept
 from ._pipeline_stage import Gradients, PipelineStage, StageState
 from ._planned_pipeline import PlannedPipeline
-from ._share import Crossing
+from ._share import Crossing, StageShare
 
 Arrays = list[jax.ShapeDtypeStruct]
 
@@ -49,6 +49,11 @@ class StageCalls:
         """The stage."""
         return self.pipeline.stages[self.number]
 
+    @property
+    def share(self) -> StageShare:
+        """Its share of the model."""
+        return self._model.share
+
     # ------------------------------------------------------------------------------------------------- per microbatch
     def forward(self) -> Call:
         """Return the call of the forward pass."""
@@ -58,7 +63,7 @@ class StageCalls:
     def backward(self, residuals: Arrays) -> Call:
         """Return the call of the backward pass; ``residuals`` as the compiled forward pass returns them."""
         kept = self.kept(residuals)
-        cotangents = [array for array, c in zip(self.leaving, self._model.share.leaving, strict=True) if c.gradient]
+        cotangents = [array for array, c in zip(self.leaving, self.share.leaving, strict=True) if c.gradient]
         arguments = (self.state.parameters, self.batch, self._index, kept, cotangents, self.stage.passes.sums)
         return Call(self.stage.passes.backward, arguments)
 
@@ -82,13 +87,13 @@ class StageCalls:
         """Yield the call of each round of exchange."""
         for number, lengths in enumerate(self.pipeline.export_lengths):
             length = lengths[self.number // len(self.pipeline.slices)]
-            arguments = (*self._found, self.state, self._vectors(number), length)
+            arguments = (*self.found, self.state, self._vectors(number), length)
             yield Call(self.stage.exports(self.pipeline.known), arguments)
 
     def update(self) -> Call:
         """Return the call of the update."""
         vectors = self._vectors(len(self.pipeline.export_lengths))
-        arguments = (*self._found, self.state, self.state.model_state, vectors)
+        arguments = (*self.found, self.state, self.state.model_state, vectors)
         return Call(self.stage.update(self.pipeline.known), arguments)
 
     # ---------------------------------------------------------------------------------------------------------- shapes
@@ -109,21 +114,21 @@ class StageCalls:
         places, count = self.pipeline.batch_places[self.number % len(self.pipeline.slices)], self._microbatches
         return [
             jax.ShapeDtypeStruct((count, *leaves[i].shape), leaves[i].dtype, sharding=places[i])
-            for i in self._model.share.batch
+            for i in self.share.batch
         ]
 
     @property
     def arriving(self) -> Arrays:
         """Values of one microbatch from the stage before."""
-        return _on_wire(self._model.share.arriving, self._model.arriving_shardings)
+        return _on_wire(self.share.arriving, self._model.arriving_shardings)
 
     @property
     def leaving(self) -> Arrays:
         """Values of one microbatch for the stage after."""
-        return _on_wire(self._model.share.leaving, self._model.leaving_shardings)
+        return _on_wire(self.share.leaving, self._model.leaving_shardings)
 
     @property
-    def _found(self) -> tuple[Gradients, Arrays]:
+    def found(self) -> tuple[Gradients, Arrays]:
         """Mean gradients, and those that arrive from stages that mirror a parameter of this one."""
         stage, slots = self.stage, self._model.slots
         shapes = jax.eval_shape(stage.passes.reduce, stage.passes.sums)

@@ -90,7 +90,7 @@ def _proved(options: Options, inputs: Inputs, first: SearchResult, watch: Watch)
         if not options.quiet:
             sys.stderr.write(f"compiling for {plan.cluster.mesh} {plan.cluster.gpu}, no GPU used ...\n")
             sys.stderr.flush()
-        return run_verify(plan, inputs.hardware)
+        return run_verify(plan, inputs.hardware, options.verify_model)
 
     return prove(first, inputs.hardware, search, verify)
 

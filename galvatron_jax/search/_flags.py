@@ -68,8 +68,10 @@ FLAGS = {
         ("--price", "NUMBER", "price of one GPU hour: adds tokens per unit of currency"),
         ("--report", "FILE", "one self-contained HTML page"),
         ("--verify", "", "compile the plan with XLA's GPU compiler (no GPU needed; see python -m galvatron_jax.verify);"
-         " if it does not fit, search again with less memory, up to 4 plans; write only what fits. Presets only, and"
-         " plans of one stage (--no-pp); compiled without a fused attention kernel (--attention xla prices that)"),
+         " if it does not fit, search again with less memory, up to 4 plans; write only what fits. Presets are compiled"
+         " without a fused attention kernel (--attention xla prices that)"),
+        ("--verify-model", "MODULE:FUNCTION", "with --verify and --profile: the model of the profile, as"
+         " python -m galvatron_jax.verify --model takes it"),
     ),
     "output": (
         ("--out", "FILE", f"plan file (default: {DEFAULT_OUT}; with --json or several meshes: none)"),

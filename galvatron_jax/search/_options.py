@@ -55,6 +55,8 @@ class Options:
     price_per_hour: float | None
     report: Path | None
     verify: bool
+    verify_model: str
+    """``MODULE:FUNCTION`` of the profile's model; empty: the preset."""
     out: Path
     out_given: bool
     force: bool
@@ -108,6 +110,7 @@ def parse_options(argv: Sequence[str]) -> Options:
         price_per_hour=_price(found.price),
         report=found.report,
         verify=found.verify,
+        verify_model=found.verify_model or "",
         out=found.out or DEFAULT_OUT,
         out_given=found.out is not None,
         force=found.force,
@@ -179,14 +182,22 @@ def _check_alone(found: argparse.Namespace, *names: str) -> None:
 
 def _check_verifiable(found: argparse.Namespace, clusters: Sequence[Cluster]) -> None:
     """Refuse ``--verify`` where the compiler has no model, or several plans, to work on."""
+    profiled = found.profile is not None or found.profile_from is not None
+    if found.verify_model is not None and not (found.verify and profiled):
+        raise GalvatronError(
+            f"got --verify-model {found.verify_model!r}",
+            expected="--verify and --profile FILE beside it" if found.verify else "--verify beside it",
+            where="--verify-model",
+            action="leave it out: a preset is compiled by its name",
+        )
     if not found.verify:
         return
-    if found.profile is not None or found.profile_from is not None:
+    if profiled and found.verify_model is None:
         raise GalvatronError(
-            "--verify compiles presets: a profile is no model",
-            expected="--model NAME",
+            "--verify compiles models: a profile is none",
+            expected="--verify-model MODULE:FUNCTION, the model of the profile",
             where="--verify",
-            action="verify the plan itself: python -m galvatron_jax.verify PLAN --model MODULE:FUNCTION",
+            action="name it, or verify the plan itself: python -m galvatron_jax.verify PLAN --model MODULE:FUNCTION",
         )
     if len(clusters) > 1:
         raise GalvatronError(

@@ -92,8 +92,13 @@ def prove(
         result = dataclasses.replace(found, plan=plan)
 
 
-def run_verify(plan: Plan, hardware: HardwareProfile) -> Verdict:
+def run_verify(plan: Plan, hardware: HardwareProfile, model: str = "") -> Verdict:
     """Compile a plan in a process of its own; return the verdict.
+
+    Args:
+        plan: The plan.
+        hardware: What it was priced with.
+        model: ``MODULE:FUNCTION`` of its model; empty: the preset that the plan names.
 
     Raises:
         ToolchainError: the compiler is missing or failed.
@@ -105,7 +110,7 @@ def run_verify(plan: Plan, hardware: HardwareProfile) -> Verdict:
         hardware_file = Path(name) / "hardware.json"
         hardware_file.write_text(encode(hardware))
         command = [sys.executable, "-m", "galvatron_jax.verify", str(plan_file), "--json", "--quiet"]
-        command += ["--hardware", str(hardware_file)]
+        command += ["--hardware", str(hardware_file), *(["--model", model] if model else [])]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode in (FITS, DOES_NOT_FIT):
         verdict: Verdict = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Compile a plan's train step for GPUs that are not there, in a subprocess; read what the compiler says."""
+"""Compile a plan's programs for GPUs that are not there, in a subprocess; read what the compiler says."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -18,7 +20,16 @@ from .. import errors
 from ..errors import GalvatronError, ToolchainError
 from ..plan import Plan
 from ..profile import ModelProfile
-from ._exchange import CompileAnswer, CompiledMemory, CompileRequest, Failure
+from ._exchange import (
+    CompileAnswer,
+    CompiledMemory,
+    CompileRequest,
+    Failure,
+    ProgramAnswer,
+    StageMemory,
+    dump_folder,
+    text_file,
+)
 from ._peak import PeakUse, read_peak
 from ._target import load_target
 
@@ -33,21 +44,62 @@ _CLONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat[\w.]* = ", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompiledStep:
-    """The train step of a plan as XLA:GPU compiled it."""
+class CompiledProgram:
+    """A program as XLA:GPU compiled it."""
 
-    profile: ModelProfile
-    segments: dict[str, str]
-    """Kind of each layer by its name."""
     memory: CompiledMemory
     hlo_text: str
     peak: tuple[PeakUse, ...]
-    """What is alive at the peak, largest first; empty when XLA's report could not be read."""
+    """What is alive at its peak, largest first; empty when XLA's report could not be read."""
     rematerialised: int
     """Operations that XLA runs twice, unasked, to save memory."""
     warnings: tuple[str, ...]
     """Of the compiler, about memory and about changes of layout that go through the whole array."""
     compile_s: float
+
+
+class Call(NamedTuple):
+    """A program as often as a step runs it."""
+
+    name: str
+    program: CompiledProgram
+    times: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledStage:
+    """All programs of one stage."""
+
+    calls: tuple[Call, ...]
+    """``train`` alone, or what a pipeline runs, ``forward`` and ``backward`` once per microbatch."""
+    memory: StageMemory
+    """Of its devices, which other stages may share."""
+    peak: tuple[PeakUse, ...]
+    """What is alive at the peak of the program that runs when memory is fullest."""
+
+    @property
+    def rematerialised(self) -> int:
+        """Operations that XLA runs twice, unasked, in any of the programs."""
+        return sum(call.program.rematerialised for call in self.calls)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Of all programs, each once."""
+        return tuple(dict.fromkeys(warning for call in self.calls for warning in call.program.warnings))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledPlan:
+    """All stages of a plan."""
+
+    profile: ModelProfile
+    segments: dict[str, str]
+    """Kind of each layer by its name."""
+    stages: tuple[CompiledStage, ...]
+    programs: int
+    """How many were compiled: stages share equal ones."""
+    compile_s: float
+    """Clock time of compiling all of them."""
     options: dict[str, bool | int]
     """Of XLA: those of the runtime on GPUs."""
     versions: dict[str, str]
@@ -73,8 +125,8 @@ def check_toolchain() -> None:
         )
 
 
-def compile_plan(plan: Plan, *, model: str = "", time_limit_s: float = TIME_LIMIT_S) -> CompiledStep:
-    """Compile the train step of a one-stage plan for the plan's cluster; needs no GPU.
+def compile_plan(plan: Plan, *, model: str = "", time_limit_s: float = TIME_LIMIT_S) -> CompiledPlan:
+    """Compile all programs of a plan for the plan's cluster; needs no GPU.
 
     Args:
         plan: The plan; its ``cluster.gpu`` is a bundled GPU (``target_names``).
@@ -87,36 +139,46 @@ def compile_plan(plan: Plan, *, model: str = "", time_limit_s: float = TIME_LIMI
     """
     check_toolchain()
     with tempfile.TemporaryDirectory(prefix="galvatron-verify-") as name:
-        folder = Path(name)
-        request = CompileRequest(
-            plan=plan,
-            model=model,
-            target=load_target(plan.cluster.gpu),
-            hlo_file=str(folder / "program.hlo"),
-            dump_folder=str(folder / "dump"),
-        )
-        answer, narration = _run(request, folder, time_limit_s)
+        request = CompileRequest(plan=plan, model=model, target=load_target(plan.cluster.gpu), folder=name)
+        answer = _run(request, Path(name), time_limit_s)
         if answer.failure is not None:
             raise _raised_again(answer.failure)
-        assert answer.profile is not None, "no failure, so an answer"
-        assert answer.memory is not None, "no failure, so an answer"
-        hlo_text = Path(request.hlo_file).read_text()
-        return CompiledStep(
-            profile=answer.profile,
-            segments=answer.segments,
-            memory=answer.memory,
-            hlo_text=hlo_text,
-            peak=read_peak(Path(request.dump_folder), tuple(answer.segments)),
-            rematerialised=len(_CLONE.findall(hlo_text)),
-            warnings=_warnings(narration),
-            compile_s=answer.compile_s,
-            options=answer.options,
-            versions=answer.versions,
-        )
+        return _read(answer, name)
 
 
-def _run(request: CompileRequest, folder: Path, time_limit_s: float) -> tuple[CompileAnswer, str]:
-    """Return the answer to a request, and what the subprocess said."""
+def _read(answer: CompileAnswer, folder: str) -> CompiledPlan:
+    assert answer.profile is not None, "no failure, so an answer"
+    programs = [_read_program(found, number, folder, answer.segments) for number, found in enumerate(answer.programs)]
+    stages = []
+    for stage in answer.stages:
+        calls = tuple(Call(call.name, programs[call.program], call.times) for call in stage.calls)
+        fullest = next(c.program for c in answer.stages[stage.memory.stage].calls if c.name == stage.memory.call)
+        stages.append(CompiledStage(calls=calls, memory=stage.memory, peak=programs[fullest].peak))
+    return CompiledPlan(
+        profile=answer.profile,
+        segments=answer.segments,
+        stages=tuple(stages),
+        programs=len(programs),
+        compile_s=sum(program.compile_s for program in programs),
+        options=answer.options,
+        versions=answer.versions,
+    )
+
+
+def _read_program(found: ProgramAnswer, number: int, folder: str, segments: Iterable[str]) -> CompiledProgram:
+    hlo_text = Path(text_file(folder, number)).read_text()
+    return CompiledProgram(
+        memory=found.memory,
+        hlo_text=hlo_text,
+        peak=read_peak(Path(dump_folder(folder, number)), segments),
+        rematerialised=len(_CLONE.findall(hlo_text)),
+        warnings=_warnings(found.narration),
+        compile_s=found.compile_s,
+    )
+
+
+def _run(request: CompileRequest, folder: Path, time_limit_s: float) -> CompileAnswer:
+    """Return the answer to a request."""
     request_file, answer_file = folder / "request.json", folder / "answer.json"
     request_file.write_bytes(msgspec.json.encode(request))
     command = [sys.executable, "-m", f"{__package__}._worker", str(request_file), str(answer_file)]
@@ -129,11 +191,11 @@ def _run(request: CompileRequest, folder: Path, time_limit_s: float) -> tuple[Co
         raise ToolchainError(
             f"the compilation took longer than {time_limit_s:g} s", action="give more time: --time-limit SECONDS"
         ) from None
-    narration = done.stderr.decode(errors="replace")
     if not answer_file.exists():
         ended = f"by signal {-done.returncode}" if done.returncode < 0 else f"with code {done.returncode}"
-        raise ToolchainError(f"the compiling process ended {ended}\n{_tail(narration)}", action="see the lines above")
-    return msgspec.json.decode(answer_file.read_bytes(), type=CompileAnswer), narration
+        told = _tail(done.stderr.decode(errors="replace"))
+        raise ToolchainError(f"the compiling process ended {ended}\n{told}", action="see the lines above")
+    return msgspec.json.decode(answer_file.read_bytes(), type=CompileAnswer)
 
 
 def _raised_again(failure: Failure) -> GalvatronError:

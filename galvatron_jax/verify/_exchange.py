@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from .._document import Value
 from ..plan import Plan
-from ..profile import Bytes, ModelProfile
+from ..profile import Bytes, Count, ModelProfile
 
 
 class CompileRequest(Value, frozen=True, kw_only=True):
-    """One program to compile: the whole train step of a one-stage plan."""
+    """All programs of a plan: the train step of one stage, or those of each stage of a pipeline."""
 
     plan: Plan
     model: str = ""
     """``MODULE:FUNCTION`` of a model of the user's own; empty: the preset that the plan names."""
     target: str
     """GpuTargetConfigProto text."""
-    hlo_file: str
-    """Where the text of the compiled program goes."""
-    dump_folder: str = ""
-    """Where XLA writes its own reports; empty: nowhere."""
+    folder: str
+    """Where the texts of compiled programs and XLA's own reports go (``text_file``, ``dump_folder``)."""
 
 
 class CompiledMemory(Value, frozen=True, kw_only=True):
@@ -36,7 +34,7 @@ class CompiledMemory(Value, frozen=True, kw_only=True):
 
     @property
     def allocated(self) -> int:
-        """Bytes that the allocator must hand out while the step runs; never below ``peak``.
+        """Bytes that the allocator must hand out while the program runs; never below ``peak``.
 
         Gaps inside the block of temporaries count: they are taken, though not in use.
         """
@@ -56,6 +54,50 @@ class Failure(Value, frozen=True, kw_only=True):
     """Traceback, for ``--debug``."""
 
 
+class ProgramAnswer(Value, frozen=True, kw_only=True):
+    """One compiled program."""
+
+    memory: CompiledMemory
+    narration: str
+    """What the compiler said meanwhile."""
+    compile_s: float
+    """Clock time of compiling."""
+
+
+class CallAnswer(Value, frozen=True, kw_only=True):
+    """One program of a stage, as often as a step runs it."""
+
+    name: str
+    """``train``, or ``forward``, ``backward``, ``gradients``, ``exports``, ``update`` of a pipeline stage."""
+    program: int
+    """Position in ``CompileAnswer.programs``; stages with equal programs share them."""
+    times: Count = 1
+
+
+class StageMemory(Value, frozen=True, kw_only=True):
+    """Bytes of a device while a step runs: of a stage, or of a slice whose stages share it."""
+
+    peak: Bytes
+    """Most bytes in use at one instant."""
+    allocated: Bytes
+    """Most bytes that the allocator has handed out; never below ``peak``."""
+    categories: dict[str, Bytes]
+    """What there is at the peak (``_pipeline_memory``); of a plan of one stage, arguments and temporaries."""
+    stage: int = 0
+    """The stage that runs at the peak,"""
+    call: str = "train"
+    """and its program,"""
+    microbatch: int | None = None
+    """and the microbatch, in a pass."""
+
+
+class StageAnswer(Value, frozen=True, kw_only=True):
+    """One stage."""
+
+    calls: tuple[CallAnswer, ...]
+    memory: StageMemory
+
+
 class CompileAnswer(Value, frozen=True, kw_only=True):
     """What became of a request."""
 
@@ -64,10 +106,19 @@ class CompileAnswer(Value, frozen=True, kw_only=True):
     """Of the model that was compiled, from the analysis of this very program."""
     segments: dict[str, str] = {}
     """Kind of each layer, by the name that compiled programs carry in ``op_name``."""
-    memory: CompiledMemory | None = None
-    compile_s: float = 0.0
-    """Clock time of lowering and compiling."""
+    programs: tuple[ProgramAnswer, ...] = ()
+    stages: tuple[StageAnswer, ...] = ()
     options: dict[str, bool | int] = {}
-    """What the runtime tells XLA for this program on GPUs; the subprocess told it the same."""
+    """What the runtime tells XLA for these programs on GPUs; the subprocess told it the same."""
     versions: dict[str, str] = {}
     """Of jax, jaxlib and the compiler plugin."""
+
+
+def text_file(folder: str, program: int) -> str:
+    """Return where the text of a compiled program is."""
+    return f"{folder}/{program}.hlo"
+
+
+def dump_folder(folder: str, program: int) -> str:
+    """Return where XLA's reports on a program are."""
+    return f"{folder}/{program}"

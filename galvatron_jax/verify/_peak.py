@@ -12,6 +12,8 @@ role of a buffer, because JAX writes the transformations around the scope of the
     jit(_train)/transpose(jvp(layers.3))/...         backward       cotangents and gradients
     jit(_train)/...                                  update         the optimizer's own
 
+Programs of a pipeline stage have arguments ``parameters``, ``kept`` (from the forward pass), ``sums`` and so on.
+
 The reports are made for people and may change: what cannot be read gives an empty answer, never a wrong one.
 """
 
@@ -23,12 +25,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Role = Literal["parameters", "optimizer", "batch", "forward", "recomputed", "backward", "update", "other"]
+Role = Literal[
+    "parameters", "optimizer", "batch", "boundary", "gradients", "forward", "recomputed", "backward", "update", "other"
+]
 
 _ALIVE = re.compile(r"^\s+([\w.\-]+)\{[\d,]*\}: (\d+) bytes")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
-_ARGUMENTS: dict[str, Role] = {"state.parameters": "parameters", "state.optimizer": "optimizer", "batch": "batch"}
+_ARGUMENTS: dict[str, Role] = {
+    "state.parameters": "parameters",
+    "state.optimizer": "optimizer",
+    "batch": "batch",
+    "parameters": "parameters",
+    "kept": "forward",
+    "sums": "gradients",
+    "gradients": "gradients",
+    "arriving": "boundary",
+    "cotangents": "boundary",
+}
+"""By the name of the argument, of a train step and of the programs of a pipeline stage."""
 
 
 class PeakUse(NamedTuple):
@@ -51,7 +66,7 @@ def read_peak(folder: Path, layers: Iterable[str]) -> tuple[PeakUse, ...]:
     Returns:
         Empty when there are no reports or they cannot be read.
     """
-    reports, programs = (sorted(folder.glob(f"*_train*{end}")) for end in ("live-range.txt", "after_optimizations.txt"))
+    reports, programs = (sorted(folder.glob(f"*{end}")) for end in ("live-range.txt", "gpu_after_optimizations.txt"))
     if not reports or not programs:
         return ()
     names = dict(_op_names(programs[-1].read_text()))

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..units import GIB, format_gib
 from ._compare import CollectiveRow, LayerShare
+from ._compile import Call, CompiledPlan
 from ._verification import StageCheck, Verification
 
 _MOST_ROWS = 8
@@ -16,7 +17,7 @@ _MOST_ROWS = 8
 
 def as_data(verification: Verification) -> dict[str, Any]:
     """Return what ``--json`` prints: ``{"stages": [...], "fits": ...}``, bytes of one device and one step."""
-    return {"stages": [_stage_data(check) for check in verification.stages], "fits": verification.fits}
+    return {"stages": [_stage_data(check, verification) for check in verification.stages], "fits": verification.fits}
 
 
 def report_lines(verification: Verification, where: str) -> Iterator[str]:
@@ -31,9 +32,11 @@ def report_lines(verification: Verification, where: str) -> Iterator[str]:
         f"plan      {_clean(where)} · {_clean(plan.model.name)} · {plan.cluster.mesh} {plan.cluster.gpu} · "
         f"{plan.microbatches} × {plan.microbatch_size} samples"
     )
+    yield from _compiler_lines(verification.compiled)
     for check in verification.stages:
-        yield from _stage_lines(check)
-    reasons = [problem for check in verification.stages for problem in check.problems]
+        yield from _stage_lines(check, verification)
+    many = len(verification.stages) > 1
+    reasons = [f"stage {c.stage}: {p}" if many else p for c in verification.stages for p in c.problems]
     yield "verdict   fits" if not reasons else "verdict   does not fit: " + "; ".join(map(_clean, reasons))
     for check in verification.stages:
         if reasons and check.planned_peak_bytes < check.estimate.peak_bytes:
@@ -44,8 +47,8 @@ def report_lines(verification: Verification, where: str) -> Iterator[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- data
-def _stage_data(check: StageCheck) -> dict[str, Any]:
-    memory = check.compiled.memory
+def _stage_data(check: StageCheck, verification: Verification) -> dict[str, Any]:
+    memory, compiled = check.compiled.memory, verification.compiled
     return {
         "stage": check.stage,
         "estimated_peak_bytes": check.estimate.peak_bytes,
@@ -56,18 +59,32 @@ def _stage_data(check: StageCheck) -> dict[str, Any]:
         "attention_is_fused": check.attention_is_fused,
         "categories": {
             "estimated": dict(check.estimate.memory),
-            "compiled": {"arguments": memory.arguments, "temporaries": memory.temporaries},
+            "compiled": dict(memory.categories),
             "alive_at_peak": [
-                {"role": role, "layer_kind": kind, "bytes": size} for (role, kind), size in _alive(check).most_common()
+                {"role": role, "layer_kind": kind, "bytes": size}
+                for (role, kind), size in _alive(check, compiled.segments).most_common()
             ],
         },
+        "fullest": {"stage": memory.stage, "program": memory.call, "microbatch": memory.microbatch},
+        "programs": [_program_data(call) for call in check.compiled.calls],
         "collectives": [_row_data(row) for row in check.collectives],
         "rematerialised_by_xla": check.compiled.rematerialised,
         "warnings": list(check.compiled.warnings),
         "problems": list(check.problems),
-        "compile_s": round(check.compiled.compile_s, 3),
-        "xla_options": check.compiled.options,
-        "versions": check.compiled.versions,
+        "compile_s": round(sum(call.program.compile_s for call in check.compiled.calls), 3),
+        "xla_options": compiled.options,
+        "versions": compiled.versions,
+    }
+
+
+def _program_data(call: Call) -> dict[str, Any]:
+    memory = call.program.memory
+    return {
+        "name": call.name,
+        "times": call.times,
+        "argument_bytes": memory.arguments,
+        "peak_bytes": memory.peak,
+        "allocated_bytes": memory.allocated,
     }
 
 
@@ -97,54 +114,84 @@ def _row_data(row: CollectiveRow) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- text
-def _stage_lines(check: StageCheck) -> Iterator[str]:
-    compiled = check.compiled
+def _compiler_lines(compiled: CompiledPlan) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in compiled.versions.items())
-    yield f"compiled  by XLA:GPU in {compiled.compile_s:.0f} s, no GPU used ({versions})"
-    yield from _option_lines(compiled.options)
+    programs = f", {compiled.programs} programs" if compiled.programs > 1 else ""
+    yield f"compiled  by XLA:GPU in {compiled.compile_s:.0f} s{programs}, no GPU used ({versions})"
+    for position, (name, value) in enumerate(compiled.options.items()):  # of the runtime, for these very programs
+        yield f"{'' if position else 'options':<10}{name}={str(value).lower()}"
+
+
+def _stage_lines(check: StageCheck, verification: Verification) -> Iterator[str]:
+    if len(verification.stages) > 1:
+        slice_ = check.stage % verification.plan.slices
+        shared = (
+            f", devices shared with every {verification.plan.slices}th stage" if verification.plan.chunks > 1 else ""
+        )
+        yield f"stage {check.stage} · device slice {slice_}{shared}"
     if check.attention_is_fused:
         yield "attention a fused cuDNN kernel, as the estimate assumes"
     else:
         yield "attention compiled without a fused kernel (no cuDNN call): its scores are arrays; the estimate below"
         yield "          assumes the same, so it may be above the plan's own"
     yield ""
-    yield from _memory_lines(check)
+    yield from _memory_lines(check, verification.compiled.segments)
     yield ""
     yield from _collective_lines(check.collectives)
-    yield from [f"warning   {_clean(warning)}" for warning in compiled.warnings]
+    yield from [f"warning   {_clean(warning)}" for warning in check.compiled.warnings]
     yield ""
 
 
-def _option_lines(options: Mapping[str, bool | int]) -> Iterator[str]:
-    """Name the options of the runtime, which this program was compiled with."""
-    for position, (name, value) in enumerate(options.items()):
-        yield f"{'' if position else 'options':<10}{name}={str(value).lower()}"
-
-
-def _memory_lines(check: StageCheck) -> Iterator[str]:
-    memory, estimate = check.compiled.memory, check.estimate.memory
-    state = estimate["parameters"] + estimate["optimizer"]
-    rows = [
-        ("peak", check.estimate.peak_bytes, memory.peak, f"estimate {100 * check.error:+.1f} %"),
-        ("  arguments", state, memory.arguments, "parameters, optimizer state, batch"),
-        ("  the rest", check.estimate.peak_bytes - state, memory.peak - memory.arguments, "gradients, residuals, live"),
-        ("allocated", None, memory.allocated, f"gaps included; budget {format_gib(check.budget_bytes)}"),
-    ]
+def _memory_lines(check: StageCheck, segments: Mapping[str, str]) -> Iterator[str]:
+    memory, estimate = check.compiled.memory, check.estimate
     yield f"{'memory, GiB per GPU':<24}{'estimated':>10}{'compiled':>10}"
-    for name, estimated, found, note in rows:
-        left = "" if estimated is None else f"{estimated / GIB:.2f}"
-        yield f"  {name:<22}{left:>10}{found / GIB:>10.2f}  {note}"
+    yield _row("peak", estimate.peak_bytes, memory.peak, f"estimate {100 * check.error:+.1f} %")
+    if "arguments" in memory.categories:
+        yield from _train_step_lines(check)
+    else:
+        names = dict.fromkeys((*estimate.memory, *memory.categories))
+        for name in names:
+            found = memory.categories.get(name, 0)
+            if found or estimate.memory.get(name, 0):
+                yield _row(f"  {name}", estimate.memory.get(name, 0), found, _NOTES.get(name, ""))
+    yield _row("allocated", None, memory.allocated, f"gaps included; budget {format_gib(check.budget_bytes)}")
+    if memory.call != "train":
+        number = "" if memory.microbatch is None else f" of microbatch {memory.microbatch}"
+        yield f"  fullest in the program '{memory.call}'{number} of stage {memory.stage}"
+    yield from _alive_lines(check, segments)
+
+
+def _train_step_lines(check: StageCheck) -> Iterator[str]:
+    """What is known of one program for the whole step: arguments, and the rest."""
+    memory, estimate = check.compiled.memory, check.estimate.memory
+    arguments, state = memory.categories["arguments"], estimate["parameters"] + estimate["optimizer"]
+    yield _row("  arguments", state, arguments, "parameters, optimizer state, batch")
+    rest = check.estimate.peak_bytes - state
+    yield _row("  the rest", rest, memory.peak - arguments, "gradients, residuals, live")
     yield "  estimated: " + ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate.items() if size)
-    yield from _alive_lines(check)
 
 
-def _alive_lines(check: StageCheck) -> Iterator[str]:
-    alive = _alive(check).most_common()
+_NOTES = {
+    "gradients": "sums over microbatches",
+    "residuals": "of all microbatches in flight",
+    "live": "what the program adds to its arguments while it runs",
+    "boundary": "messages from and to other stages",
+}
+
+
+def _row(name: str, estimated: int | None, found: int, note: str) -> str:
+    left = "" if estimated is None else f"{estimated / GIB:.2f}"
+    return f"  {name:<22}{left:>10}{found / GIB:>10.2f}  {note}".rstrip()
+
+
+def _alive_lines(check: StageCheck, segments: Mapping[str, str]) -> Iterator[str]:
+    alive = _alive(check, segments).most_common()
     if not alive:
         return
     parts = [f"{kind + ' ' if kind else ''}{role} {size / GIB:.2f}" for (role, kind), size in alive[:_MOST_ROWS]]
     rest = sum(size for _, size in alive[_MOST_ROWS:])
-    yield "  at the compiled peak: " + ", ".join(map(_clean, parts)) + (f", other {rest / GIB:.2f}" if rest else "")
+    where = "compiled peak" if check.compiled.memory.call == "train" else "peak of that program"
+    yield f"  at the {where}: " + ", ".join(map(_clean, parts)) + (f", other {rest / GIB:.2f}" if rest else "")
 
 
 def _collective_lines(rows: Sequence[CollectiveRow]) -> Iterator[str]:
@@ -171,11 +218,11 @@ def _amount(count: int, size_bytes: int) -> str:
     return f"{count:>5} × {size_bytes / 2**20:>9.1f} MiB" if count else "–"
 
 
-def _alive(check: StageCheck) -> Counter[tuple[str, str]]:
+def _alive(check: StageCheck, segments: Mapping[str, str]) -> Counter[tuple[str, str]]:
     """Bytes alive at the peak, by role and layer kind."""
     found: Counter[tuple[str, str]] = Counter()
     for use in check.compiled.peak:
-        found[use.role, check.compiled.segments.get(use.layer, "")] += use.bytes
+        found[use.role, segments.get(use.layer, "")] += use.bytes
     return found
 
 

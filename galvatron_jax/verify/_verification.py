@@ -4,9 +4,11 @@ A stage fits when the memory that its program allocates is within the budget and
 (then it is not the plan that was asked for, and slower). Allocated are arguments and the block of temporaries with its
 gaps, a little more than the most bytes in use at one instant, which is what the estimate estimates.
 
+A stage of a pipeline has several programs, and its devices hold more than any of them sees: ``_pipeline_memory``
+adds it up. Its collectives are those of each program as often as a step runs it; messages between stages are none.
+
 Limits of this version:
 
-* one-stage plans only, as the runtime;
 * attention: presets call ``jax.nn.dot_product_attention`` with implementation ``"xla"``, whose scores are arrays.
   Unless the program holds a cuDNN call, the estimate is made again for attention without a fused kernel, so that like
   is compared with like. The verdict is that of the program as it was compiled: a plan that counts on fused attention
@@ -16,18 +18,18 @@ Limits of this version:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import msgspec
 
-from ..cost import estimate_plan, memory_budget, step_collectives
-from ..errors import UnsupportedError
+from ..cost import PlannedCollective, estimate_plan, memory_budget, step_collectives
 from ..hardware import load_hardware
 from ..plan import Plan, StagePrediction, check_plan
-from ..profile import HardwareProfile
+from ..profile import HardwareProfile, ModelProfile
 from ._compare import CollectiveRow, compare_collectives
-from ._compile import TIME_LIMIT_S, CompiledStep, compile_plan
-from ._schedule import scheduled_collectives
+from ._compile import TIME_LIMIT_S, CompiledPlan, CompiledStage, compile_plan
+from ._schedule import ScheduledCollective, scheduled_collectives
 
 _CUDNN = "__cudnn"
 """Prefix of the custom calls of cuDNN, attention among them (``__cudnn$fmha``)."""
@@ -43,7 +45,7 @@ class StageCheck:
     """The program holds a fused attention kernel, and the estimate assumes one."""
     planned_peak_bytes: int
     """The estimate as the search makes it: with fused attention wherever the hardware has it."""
-    compiled: CompiledStep
+    compiled: CompiledStage
     collectives: tuple[CollectiveRow, ...]
     budget_bytes: int
 
@@ -71,6 +73,7 @@ class Verification:
 
     plan: Plan
     hardware: HardwareProfile
+    compiled: CompiledPlan
     stages: tuple[StageCheck, ...]
 
     @property
@@ -85,56 +88,65 @@ def verify_plan(
     """Compile a plan for its cluster, without any GPU, and compare.
 
     Args:
-        plan: A one-stage plan.
+        plan: The plan.
         model: ``MODULE:FUNCTION`` of a model of your own (see ``_subject.load_subject``); empty: the plan's preset.
         hardware: What the estimate is made with; the bundled profile of the plan's GPU by default.
         time_limit_s: For the compilation.
 
     Raises:
-        UnsupportedError: the plan has several stages, or its GPU is no compiler target.
+        UnsupportedError: the plan's GPU is no compiler target, or its model cannot be cut into these stages.
         ToolchainError: the compiler is missing, failed or took too long.
         GalvatronError: the plan or the model is wrong.
     """
     check_plan(plan)
-    _check_stages(plan)
     bundled = load_hardware(plan.cluster.gpu)
     plan = msgspec.structs.replace(plan, cluster=msgspec.structs.replace(plan.cluster, gpu=bundled.name))
     compiled = compile_plan(plan, model=model, time_limit_s=time_limit_s)
     hardware = hardware or bundled
-    return Verification(plan=plan, hardware=hardware, stages=(_check_stage(plan, compiled, hardware),))
+    devices = plan.stages[0].devices
+    read = functools.cache(  # equal stages share their programs
+        functools.partial(
+            scheduled_collectives,
+            hardware=hardware,
+            devices=devices,
+            gpus_per_node=min(plan.cluster.gpus_per_node, devices),
+        )
+    )
+    checks = []
+    for number, stage in enumerate(compiled.stages):
+        found = [_times(collective, c.times) for c in stage.calls for collective in read(c.program.hlo_text)]
+        checks.append(_check_stage(plan, compiled, hardware, number, found))
+    return Verification(plan=plan, hardware=hardware, compiled=compiled, stages=tuple(checks))
 
 
-def _check_stage(plan: Plan, compiled: CompiledStep, hardware: HardwareProfile) -> StageCheck:
-    fused = hardware.fused_attention and _CUDNN in compiled.hlo_text
+def _check_stage(
+    plan: Plan, compiled: CompiledPlan, hardware: HardwareProfile, number: int, found: list[ScheduledCollective]
+) -> StageCheck:
+    stage = compiled.stages[number]
+    fused = hardware.fused_attention and any(_CUDNN in call.program.hlo_text for call in stage.calls)
     assumed = msgspec.structs.replace(hardware, fused_attention=fused)
-    planned = estimate_plan(plan, compiled.profile, hardware).stages[0]
-    predicted = step_collectives(plan, compiled.profile, sums_before_reducing=hardware.sums_before_reducing)
+    predicted = _predicted(plan, compiled.profile, hardware, number)
     return StageCheck(
-        stage=0,
-        estimate=estimate_plan(plan, compiled.profile, assumed).stages[0],
+        stage=number,
+        estimate=estimate_plan(plan, compiled.profile, assumed).stages[number],
         attention_is_fused=fused,
-        planned_peak_bytes=planned.peak_bytes,
-        compiled=compiled,
+        planned_peak_bytes=estimate_plan(plan, compiled.profile, hardware).stages[number].peak_bytes,
+        compiled=stage,
         collectives=compare_collectives(
-            scheduled_collectives(
-                compiled.hlo_text,
-                hardware,
-                devices=plan.stages[0].devices,
-                gpus_per_node=min(plan.cluster.gpus_per_node, plan.stages[0].devices),
-            ),
-            predicted,
-            devices=plan.stages[0].devices,
-            segments=compiled.segments,
+            found, predicted, devices=plan.stages[number].devices, segments=compiled.segments
         ),
         budget_bytes=plan.memory_budget_bytes or memory_budget(hardware),
     )
 
 
-def _check_stages(plan: Plan) -> None:
-    if len(plan.stages) > 1:
-        raise UnsupportedError(
-            f"the plan has {len(plan.stages)} pipeline stages",
-            expected="one stage: this version runs and verifies no others",
-            where="plan",
-            action="search with --no-pp",
-        )
+def _times(scheduled: ScheduledCollective, times: int) -> ScheduledCollective:
+    collective = scheduled.collective
+    return scheduled._replace(collective=collective._replace(times=times * collective.times))
+
+
+def _predicted(plan: Plan, profile: ModelProfile, hardware: HardwareProfile, stage: int) -> list[PlannedCollective]:
+    """Return the collectives of one stage."""
+    first = sum(s.layer_count for s in plan.stages[:stage])
+    layers = range(first, first + plan.stages[stage].layer_count)
+    planned = step_collectives(plan, profile, sums_before_reducing=hardware.sums_before_reducing)
+    return [collective for collective in planned if collective.layer in layers]

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import msgspec
 import pytest
 
-from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, save_plan
+from galvatron_jax.plan import Plan, save_plan
 from galvatron_jax.verify import _compile
 from galvatron_jax.verify._cli import main
 
@@ -54,15 +53,6 @@ def test_wrong_arguments_are_bad_input_in_one_message(argv: list[str], capsys: p
     error = capsys.readouterr().err
     assert error.startswith("galvatron_jax.verify: error: ")
     assert error.count("\n") == 1
-
-
-def test_plan_of_several_stages_is_bad_input(
-    tmp_path: Path, tiny_plan: Plan, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = PlanRun(kind="layers.*", count=1, strategy=Strategy(dp=2))
-    plan = msgspec.structs.replace(tiny_plan, stages=(Stage(devices=2, runs=(run,)),) * 2)
-    assert main([str(save_plan(plan, tmp_path / "plan.json")), "--quiet"]) == 2
-    assert "2 pipeline stages" in capsys.readouterr().err
 
 
 def test_missing_compiler_is_the_environments_fault(

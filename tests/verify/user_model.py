@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.runtime.pipeline.planned import model_of
 from tests.support.small_models import small_llama
 
 
@@ -16,6 +17,26 @@ def llama() -> tuple[Any, Any, Any]:
 def wide_llama() -> tuple[Any, Any, Any]:
     """Four layers whose mlp outweighs everything else."""
     model = small_llama(embed=256, mlp=2048, vocab=128, heads=2, kv_heads=2, layers=4, seq=64)
+    return model.build, model.loss, model.batch
+
+
+def piped_llama() -> tuple[Any, Any, Any]:
+    """Four layers at the width of ``tests.runtime.pipeline.planned``."""
+    return _planned("llama")
+
+
+def tied_llama() -> tuple[Any, Any, Any]:
+    """The same, embedding and head tied."""
+    return _planned("llama, tied")
+
+
+def encoder_decoder() -> tuple[Any, Any, Any]:
+    """T5: every layer of the decoder reads the encoder's output."""
+    return _planned("t5")
+
+
+def _planned(name: str) -> tuple[Any, Any, Any]:
+    model = model_of(name)
     return model.build, model.loss, model.batch
 
 
