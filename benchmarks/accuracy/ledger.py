@@ -24,6 +24,7 @@ from galvatron_jax.hardware import load_hardware
 from galvatron_jax.units import GIB
 
 from .compile import record_path
+from .emulated import emulated_lines, read_runs
 from .plans import CASES, plan_of, profile_of, random_cases
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -152,6 +153,8 @@ def ledger_text(lines: Sequence[Line]) -> str:
             "| plan | kind | group | predicted MiB | compiled MiB |",
             "|---|---|---|---|---|",
             *[row for line in lines for row in _collective_rows(line)],
+            "",
+            *emulated_lines(read_runs()),
             "",
         ]
     )

@@ -1,5 +1,7 @@
 """``python -m benchmarks.emulated_cluster --rate 20mbit,40mbit``: profile, predict, run and compare, on emulated nodes.
 
+Runs unattended and ends within ``--limit-s`` (20 minutes), cleans up, and prints what it could not do.
+
 For each rate: our own hardware profiler measures the nodes' collectives (several processes, gloo), the computation
 profiler measures the model's layers once; every plan is predicted from these two profiles *before* it runs; then all
 run in turn through ``auto_shard``. Records go to ``--out``, one for each rate and plan, with the machine's other load.
@@ -8,11 +10,13 @@ run in turn through ``auto_shard``. Records go to ``--out``, one for each rate a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -31,6 +35,12 @@ from .plans import HELD_OUT, SPREADS, build_plan
 DEVICES_PER_NODE = 2
 UNAVAILABLE = 77
 """Exit status where nodes cannot be made, as automake's tests use it."""
+STARTING_S = 100.0
+"""What a profiler may take beyond its budget: two processes that import jax and find each other, the last reading."""
+LATER_SHARE = 0.4
+"""Of the time left, for each later rate: it finds the layers measured and the programs compiled."""
+LEAST_BYTES = 2**20
+"""Collectives must be measured at least up to this size: the plans move messages of up to 4 MiB."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,11 +53,15 @@ def main(arguments: list[str]) -> int:
     if why := why_unavailable():
         print(f"skipped: {why}", file=sys.stderr)
         return UNAVAILABLE
-    for rate in options.rate.split(","):
+    clean_stale()
+    end_s, rates = time.monotonic() + options.limit_s, options.rate.split(",")
+    for position, rate in enumerate(rates):
         folder = options.out / f"{options.nodes}x{DEVICES_PER_NODE}-{rate}"
         folder.mkdir(parents=True, exist_ok=True)
+        left_s = end_s - time.monotonic()
+        until_s = end_s - (len(rates) - 1 - position) * LATER_SHARE * left_s
         with EmulatedCluster(options.nodes, rate, logs=options.logs) as nodes:
-            if not _measure(nodes, options, folder, rate):
+            if not _measure(nodes, options, folder, until_s):
                 return 4
     return 0
 
@@ -60,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, help="samples of one step (%(default)s)")
     add("--plans", help="names of plans, separated by commas (all)")
     add("--rounds", type=int, default=4, help="steps of each plan (%(default)s)")
-    add("--profile-s", type=float, default=240.0, help="budget of each profiler (%(default)s)")
-    add("--limit-s", type=float, default=1500.0, help="for one run of all plans (%(default)s)")
+    add("--profile-s", type=float, default=240.0, help="budget of the hardware profiler; of the model's, half of it")
+    add("--limit-s", type=float, default=1200.0, help="for everything (%(default)s)")
     add("--out", type=Path, default=Path("benchmarks/records/emulated"))
     add("--logs", type=Path, default=Path("/tmp/emulated-logs"))
     add(
@@ -69,43 +83,77 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--keep-profiles", action="store_true", help="use the profiles that are in --out")
     add("--clean-stale", action="store_true", help="only remove what a killed run left behind")
+    parser.set_defaults(measured=set())  # profiles of this very run
     return parser
 
 
-def _measure(nodes: EmulatedCluster, options: argparse.Namespace, folder: Path, rate: str) -> bool:
-    """Profile, predict, run, compare at one rate; False when a node failed."""
+def _measure(nodes: EmulatedCluster, options: argparse.Namespace, folder: Path, until_s: float) -> bool:
+    """Profile, predict, run, compare at one rate, until a monotonic time; False when a node failed."""
     hardware_file, model_file = folder / "hardware.json", options.out / "model.json"
-    mesh = f"{options.nodes}x{DEVICES_PER_NODE}"
+    mesh, rate = f"{options.nodes}x{DEVICES_PER_NODE}", nodes.rate
     profiler = [sys.executable, "-m", "galvatron_jax.profilers"]
-    budget = ["--mesh", mesh, "--budget-s", str(options.profile_s)]
-    if not (options.keep_profiles and model_file.exists()):
+    if not _is_fresh(model_file, options):
+        budget_s = options.profile_s / 2
         layers = ["--model", NAME, "--samples", "1,4,8", "--tp", "1,2,4", "--out", str(model_file)]
-        if not _run(nodes, options, [*profiler, "model", *budget, *layers], options.profile_s + 200):
+        command = [*profiler, "model", "--mesh", mesh, "--budget-s", str(budget_s), *layers]
+        if not _run(nodes, options, command, budget_s + STARTING_S):
             return False
-    if not (options.keep_profiles and hardware_file.exists()):
-        command = [*profiler, "hardware", *budget, "--out", str(hardware_file)]
-        if not _run(nodes, options, command, options.profile_s + 200):
+        options.measured.add(model_file)
+    if not _is_fresh(hardware_file, options):
+        command = [*profiler, "hardware", "--mesh", mesh, "--budget-s", str(options.profile_s)]
+        if not _run(nodes, options, [*command, "--out", str(hardware_file)], options.profile_s + STARTING_S):
             return False
     model, hardware = load(model_file, ModelProfile), load(hardware_file, HardwareProfile)
-    cluster = Cluster(nodes=options.nodes, gpus_per_node=DEVICES_PER_NODE, gpu="cpu")
-    names = options.plans.split(",") if options.plans else list(SPREADS)
-    plans = folder / "plans"
-    shutil.rmtree(plans, ignore_errors=True)
-    for name in names:
-        plan = build_plan(name, model, cluster, options.batch)
-        save_plan(msgspec.structs.replace(plan, predicted=estimate_plan(plan, model, hardware)), plans / f"{name}.json")
+    if missing := _not_measured(hardware):
+        print(f"{rate}: not measured within --profile-s: {', '.join(missing)}; predictions lack it", file=sys.stderr)
+    plans = _write_plans(options, folder, model, hardware)
     steps_file = folder / "steps.json"
     worker = [sys.executable, "-m", "benchmarks.emulated_cluster.worker", str(plans), str(options.rounds)]
-    result = _run(nodes, options, [*worker, str(steps_file)], options.limit_s)
+    left_s = until_s - time.monotonic()
+    result = _run(nodes, options, [*worker, str(left_s - STARTING_S / 2), str(steps_file)], left_s)
     if result is None:
         return False
     records = _records(plans, json.loads(steps_file.read_text()), hardware, result.foreign_load, rate, options.nodes)
     for name, record in records.items():
         save(record, folder / f"{name.replace(' ', '-')}.json")
+    if left := sorted({path.stem for path in plans.glob("*.json")} - set(records)):
+        print(f"{rate}: no time left for {', '.join(left)}", file=sys.stderr)
     shutil.rmtree(plans)
     steps_file.unlink()
-    print(_table(records, rate))
+    print(_table(records, rate), flush=True)
     return True
+
+
+def _is_fresh(file: Path, options: argparse.Namespace) -> bool:
+    """Tell whether a profile need not be measured: made in this run, or kept from an earlier one."""
+    return file.exists() and (options.keep_profiles or file in options.measured)
+
+
+def _not_measured(hardware: HardwareProfile) -> list[str]:
+    """Return what the plans need of the hardware and the profiler had no time for."""
+    names = ("overlap_slowdown", "intra_node", "inter_node", "collectives")
+    missing = [name for name in names if not hardware.sources.get(name, "").startswith("measured")]
+    tables: dict[tuple[str, int, bool], float] = {
+        (t.kind, t.group, t.inside_node): t.sizes_bytes[-1] for t in hardware.collectives
+    }
+    wanted = itertools.product(("all-reduce", "all-gather", "reduce-scatter"), ((2, True), (2, False), (4, False)))
+    missing += [
+        f"{kind} of {group} {'inside' if inside else 'across'} up to {LEAST_BYTES / 2**20:g} MiB"
+        for kind, (group, inside) in wanted
+        if tables.get((kind, group, inside), 0.0) < LEAST_BYTES
+    ]
+    return missing
+
+
+def _write_plans(options: argparse.Namespace, folder: Path, model: ModelProfile, hardware: HardwareProfile) -> Path:
+    """Write every plan with its prediction, before anything runs; return their folder."""
+    cluster = Cluster(nodes=options.nodes, gpus_per_node=DEVICES_PER_NODE, gpu="cpu")
+    plans = folder / "plans"
+    shutil.rmtree(plans, ignore_errors=True)
+    for name in options.plans.split(",") if options.plans else SPREADS:
+        plan = build_plan(name, model, cluster, options.batch)
+        save_plan(msgspec.structs.replace(plan, predicted=estimate_plan(plan, model, hardware)), plans / f"{name}.json")
+    return plans
 
 
 def _run(nodes: EmulatedCluster, options: argparse.Namespace, command: list[str], limit_s: float) -> RunResult | None:
@@ -137,6 +185,7 @@ def _records(
             note=f"emulated nodes, {rate}, {'held out' if name in HELD_OUT else 'open'}",
         )
         for name, times in steps.items()
+        if times
     }
 
 

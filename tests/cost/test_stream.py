@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from galvatron_jax.cluster import Cluster
 from galvatron_jax.cost import (
     collective_seconds,
     device_group,
@@ -14,6 +15,7 @@ from galvatron_jax.cost import (
     stream_sizes,
     wire_strategy,
 )
+from galvatron_jax.cost._stream import wire_layout
 from galvatron_jax.plan import Strategy
 from galvatron_jax.profile import CollectiveKind
 from tests.cost.settings import HARDWARE, MODEL, setting
@@ -120,3 +122,16 @@ def test_transfer_sends_each_device_s_part_over_the_link_of_the_boundary(
     stage = type(stage)(**{f: getattr(stage, f) for f in stage.__slots__} | {"stage_devices": devices})
     time_s = estimate_transfer(message_bytes(KIND, 1, (), stage), stage, boundary=boundary)
     assert time_s == pytest.approx(WHOLE / devices / bandwidth + latency)
+
+
+@pytest.mark.parametrize(
+    ("microbatch", "expected"),
+    [
+        (8, Strategy(dp=8)),
+        (12, Strategy(tp=2, sp=True, dp=4)),  # eight do not divide it, the leading axes of four do
+        (2, Strategy(tp=4, sp=True, dp=2)),
+        (1, Strategy(tp=8, sp=True, dp=1)),
+    ],
+)
+def test_wire_of_a_small_microbatch_divides_the_sequence_too(microbatch: int, expected: Strategy) -> None:
+    assert wire_layout(Cluster(nodes=2, gpus_per_node=4, gpu="h100"), 8, microbatch) == expected
