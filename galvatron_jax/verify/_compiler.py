@@ -19,6 +19,8 @@ import jax
 
 from ._exchange import CompiledMemory, ProgramAnswer, dump_folder, text_file
 
+_NO_TILES = "Couldn't find output tile sizes"
+
 
 class Compiler:
     """Compiles programs into a folder."""
@@ -56,13 +58,29 @@ class Compiler:
         }
         with tempfile.TemporaryFile() as told:
             with _standard_error_to(told):
-                compiled = lowered.compile(compiler_options=options)
+                compiled, triton = _compiled(lowered, options)
             told.seek(0)
             narration = told.read().decode(errors="replace")
         Path(text_file(self._folder, number)).write_text(compiled.as_text() or "")
         self._compiled.append(compiled)
-        answer = ProgramAnswer(memory=_memory(compiled), narration=narration, compile_s=time.monotonic() - start_s)
+        answer = ProgramAnswer(
+            memory=_memory(compiled), narration=narration, triton=triton, compile_s=time.monotonic() - start_s
+        )
         self.programs.append(answer)
+
+
+def _compiled(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> tuple[jax.stages.Compiled, bool]:
+    """Compile; return the program, and whether XLA's own kernels do its matrix products.
+
+    On GPUs the autotuner tries each product and leaves it to cuBLAS where Triton has no tiles for it; without a GPU
+    nothing is tried and XLA gives up. Then all products are left to cuBLAS.
+    """
+    try:
+        return lowered.compile(compiler_options=options), True
+    except jax.errors.JaxRuntimeError as error:
+        if _NO_TILES not in str(error):
+            raise
+    return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False}), False
 
 
 @contextlib.contextmanager

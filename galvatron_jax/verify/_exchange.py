@@ -60,6 +60,8 @@ class ProgramAnswer(Value, frozen=True, kw_only=True):
     memory: CompiledMemory
     narration: str
     """What the compiler said meanwhile."""
+    triton: bool = True
+    """XLA's own kernels do its matrix products; otherwise cuBLAS calls."""
     compile_s: float
     """Clock time of compiling."""
 
