@@ -19,7 +19,7 @@ COUNTERS = 512
 @pytest.mark.multidevice
 def test_walk_holds_what_lives_on_the_devices_of_a_real_step() -> None:
     """Interleaved, every stage with strategies of its own: byte by byte, after every event."""
-    case = Case("d.3 t2 | dr.1 | s4 t2 | d.2", 4, "interleaved-1f1b", 2)
+    case = Case("d.3 t2 | d.1r | s4 t2 | d.2", 4, "interleaved-1f1b", 2)
     programs = programs_of(case)
     pipeline, slices = programs.planned, len(programs.planned.slices)
     sizes = []
