@@ -22,10 +22,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: here it only trac
 import msgspec
 
 from galvatron_jax.errors import GalvatronError
-from galvatron_jax.verify import StageCheck, verify_plan
+from galvatron_jax.verify import StageCheck, Verification, verify_plan
 from galvatron_jax.verify._report import as_data
 
-from .plans import CASES, Case, plan_of, random_cases
+from .plans import CASES, PIPELINES, Case, plan_of, random_cases
 
 RECORDS = Path(__file__).parents[1] / "records" / "memory"
 
@@ -36,30 +36,42 @@ def record_path(name: str) -> Path:
 
 
 def compile_case(name: str, case: Case) -> dict[str, Any]:
-    """Return the record of one plan."""
+    """Return the record of one plan; of a pipeline, ``stages`` has one entry for each device slice."""
     plan = plan_of(case)
     found = verify_plan(plan, model=f"benchmarks.accuracy.models:{case.model}")
-    (stage,) = as_data(found)["stages"]
-    (check,) = found.stages
+    stages = as_data(found)["stages"]
+    parts = [_slice(found, stages, s) for s in range(plan.slices)]
     return {
         "name": name,
         "model": case.model,
         "plan": msgspec.to_builtins(plan),
-        "compiled": _compiled(check),
-        "alive_at_peak": stage["categories"]["alive_at_peak"],
-        "collectives": [_row(row) for row in stage["collectives"] if row["compiled_count"]],
-        "rematerialised_by_xla": stage["rematerialised_by_xla"],
-        "warnings": stage["warnings"],
-        "compile_s": stage["compile_s"],
-        "versions": stage["versions"],
+        **(parts[0] if len(parts) == 1 else {"stages": parts}),
+        "compile_s": round(found.compiled.compile_s, 3),
+        "versions": found.compiled.versions,
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
+def _slice(found: Verification, stages: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """Return what the stages on one slice of devices were compiled to; they share its memory."""
+    mine, check = stages[number :: found.plan.slices], found.stages[number]
+    return {
+        "compiled": _compiled(check),
+        "categories": check.compiled.memory.categories,
+        "fullest": mine[0]["fullest"],
+        "alive_at_peak": mine[0]["categories"]["alive_at_peak"],
+        "collectives": [_row(row) for stage in mine for row in stage["collectives"] if row["compiled_count"]],
+        "rematerialised_by_xla": sum(stage["rematerialised_by_xla"] for stage in mine),
+        "warnings": [warning for stage in mine for warning in stage["warnings"]],
+    }
+
+
 def _compiled(check: StageCheck) -> dict[str, int]:
-    memory = check.compiled.memory
-    return {**msgspec.to_builtins(memory), "allocated": memory.allocated}
+    """Return the bytes of the train step, or of a slice's devices over a step of its programs."""
+    memory, calls = check.compiled.memory, check.compiled.calls
+    step = msgspec.to_builtins(calls[0].program.memory) if len(calls) == 1 else {}
+    return {**step, "peak": memory.peak, "allocated": memory.allocated}
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def _commit() -> str:
 
 def main(names: list[str]) -> None:
     """Compile the named plans, or all that have no record yet."""
-    cases = {**CASES, **random_cases()}
+    cases = {**CASES, **PIPELINES, **random_cases()}
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name in names or [name for name in cases if not record_path(name).exists()]:
         try:
@@ -83,7 +95,8 @@ def main(names: list[str]) -> None:
             print(f"{name}: {error.message}", file=sys.stderr, flush=True)
             continue
         record_path(name).write_text(json.dumps(record, indent=1) + "\n")
-        print(f"{name}: peak {record['compiled']['peak'] / 2**30:.2f} GiB, {record['compile_s']:.0f} s", flush=True)
+        peak = max(part["compiled"]["peak"] for part in record.get("stages", [record]))
+        print(f"{name}: peak {peak / 2**30:.2f} GiB, {record['compile_s']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

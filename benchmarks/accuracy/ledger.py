@@ -25,7 +25,7 @@ from galvatron_jax.units import GIB
 
 from .compile import record_path
 from .emulated import emulated_lines, read_runs
-from .plans import CASES, plan_of, profile_of, random_cases
+from .plans import CASES, PIPELINES, Case, plan_of, profile_of, random_cases
 
 DOCS = Path(__file__).parents[2] / "docs"
 MEDIAN_GOAL, WORST_GOAL, BYTES_GOAL = 0.03, 0.08, 0.01
@@ -65,27 +65,32 @@ class Line:
 
 
 def read_lines() -> list[Line]:
-    """Return a line for every plan that has a record, in the order of the plans."""
-    cases = {**CASES, **random_cases()}
+    """Return a line for every device slice of each plan that has a record, in the order of the plans."""
+    cases = {**CASES, **PIPELINES, **random_cases()}
+    return [
+        line
+        for name, case in cases.items()
+        if record_path(name).exists()
+        for line in _lines(name, case, json.loads(record_path(name).read_text()))
+    ]
+
+
+def _lines(name: str, case: Case, record: dict[str, Any]) -> Iterator[Line]:
     hardware = msgspec.structs.replace(load_hardware("h100"), fused_attention=False)  # as the programs are compiled
-    found = []
-    for name, case in cases.items():
-        if record_path(name).exists():
-            record = json.loads(record_path(name).read_text())
-            plan, profile = plan_of(case), profile_of(case.model)
-            (stage,) = estimate_plan(plan, profile, hardware).stages
-            predicted = step_collectives(plan, profile, sums_before_reducing=hardware.sums_before_reducing)
-            found.append(
-                Line(
-                    name=name,
-                    fitted=case.fitted,
-                    estimate=stage.memory,
-                    compiled=record["compiled"],
-                    rematerialised=record["rematerialised_by_xla"],
-                    collectives=tuple(_rows(predicted, record["collectives"])),
-                )
-            )
-    return found
+    plan, profile = plan_of(case), profile_of(case.model)
+    estimate = estimate_plan(plan, profile, hardware)
+    predicted = step_collectives(plan, profile, sums_before_reducing=hardware.sums_before_reducing)
+    stage_of = [s for s, stage in enumerate(plan.stages) for _ in range(stage.layer_count)]
+    for number, part in enumerate(record.get("stages", [record])):
+        mine = [p for p in predicted if stage_of[p.layer] % plan.slices == number]
+        yield Line(
+            name=name if plan.slices == 1 else f"{name}: slice {number}",
+            fitted=case.fitted,
+            estimate=estimate.stages[number].memory,
+            compiled=part["compiled"],
+            rematerialised=part["rematerialised_by_xla"],
+            collectives=tuple(_rows(mine, part["collectives"])),
+        )
 
 
 def _rows(

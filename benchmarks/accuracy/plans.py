@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import random
 
 import jax
 
 from galvatron_jax.analysis import analyse_model
 from galvatron_jax.cluster import Cluster
-from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, strategy_violations
+from galvatron_jax.plan import Plan, PlanRun, ScheduleName, Stage, Strategy, model_reference, strategy_violations
 from galvatron_jax.profile import ModelProfile
 
 from . import models
@@ -38,6 +39,10 @@ class Case:
     """Strategy of embedding and head."""
     microbatches: int = 1
     fitted: bool = False
+    slices: int = 1
+    """Device slices; several: a pipeline, layers cut evenly over ``slices * chunks`` stages."""
+    schedule: ScheduleName = "1f1b"
+    chunks: int = 1
 
 
 def case(
@@ -103,6 +108,23 @@ CASES: dict[str, Case] = {
 }
 
 
+def piped(found: Case, slices: int, schedule: ScheduleName = "1f1b", chunks: int = 1) -> Case:
+    """Return a case as a pipeline: its strategies are those of a slice's devices."""
+    return dataclasses.replace(found, slices=slices, schedule=schedule, chunks=chunks)
+
+
+PIPELINES: dict[str, Case] = {
+    "7B, pp 2, zero 1, remat": piped(case(_7B, 64, S(dp=8, zero=1, remat="full"), m=4), 2),
+    "7B, pp 2, tp 4, sp, zero 1": piped(case(_7B, 16, S(tp=4, sp=True, dp=2, zero=1), m=4), 2),
+    "7B, pp 4, fsdp, gpipe": piped(case(_7B, 64, S(dp=4, zero=3, remat="full"), m=4), 4, "gpipe"),
+    "70B, pp 2, tp 8, sp": piped(case(_70B, 8, S(tp=8, sp=True, dp=1), m=4), 2),
+    "100M, pp 2, dp, interleaved": piped(case(_100M, 256, S(dp=8), m=4), 2, "interleaved-1f1b", 2),
+    "GPT-2, pp 2, zero 2, dots": piped(case(_GPT2, 128, S(dp=8, zero=2, remat="dots"), m=4), 2),
+    "BERT, pp 4, zero 1": piped(case(_BERT, 256, S(dp=4, zero=1), m=4), 4),
+}
+"""Plans of several stages; none was read while the formulas were written."""
+
+
 @functools.cache
 def profile_of(model: str) -> ModelProfile:
     """Return the present profile of a model: estimates are made with the analysis as it is now."""
@@ -117,20 +139,33 @@ def plan_of(case: Case) -> Plan:
     profile = profile_of(case.model)
     total = sum(run.count for run in profile.layers if _is_block(run.kind))
     blocks = _dealt(case.blocks, total)
-    runs: list[PlanRun] = []
-    for run in profile.layers:
-        strategies = [blocks.pop(0) for _ in range(run.count)] if _is_block(run.kind) else [case.edges] * run.count
-        for strategy in strategies:
-            if runs and (runs[-1].kind, runs[-1].strategy) == (run.kind, strategy):
-                runs[-1] = PlanRun(kind=run.kind, count=runs[-1].count + 1, strategy=strategy)
-            else:
-                runs.append(PlanRun(kind=run.kind, count=1, strategy=strategy))
+    layers = [
+        (run.kind, blocks.pop(0) if _is_block(run.kind) else case.edges)
+        for run in profile.layers
+        for _ in range(run.count)
+    ]
+    count = case.slices * case.chunks
+    cuts = [round(s * len(layers) / count) for s in range(count + 1)]
+    stages = tuple(
+        Stage(devices=CLUSTER.devices // case.slices, runs=_runs(layers[start:stop]))
+        for start, stop in itertools.pairwise(cuts)
+    )
     return Plan(
         model=model_reference(profile),
         cluster=CLUSTER,
         global_batch=case.global_batch,
         microbatches=case.microbatches,
-        stages=(Stage(devices=CLUSTER.devices, runs=tuple(runs)),),
+        schedule=case.schedule,
+        chunks=case.chunks,
+        stages=stages,
+    )
+
+
+def _runs(layers: list[tuple[str, Strategy]]) -> tuple[PlanRun, ...]:
+    """Equal neighbours as one run."""
+    return tuple(
+        PlanRun(kind=kind, count=len(list(group)), strategy=strategy)
+        for (kind, strategy), group in itertools.groupby(layers)
     )
 
 
@@ -180,7 +215,7 @@ def _is_block(kind: str) -> bool:
 
 def _dealt(blocks: tuple[tuple[Strategy, int], ...], layers: int) -> list[Strategy]:
     """Give each strategy its share of ``layers``, in order."""
-    total, dealt, ahead = sum(share for _, share in blocks), [], 0
+    total, ahead, dealt = sum(share for _, share in blocks), 0, list[Strategy]()
     for strategy, share in blocks:
         ahead += share
         dealt += [strategy] * (layers * ahead // total - len(dealt))

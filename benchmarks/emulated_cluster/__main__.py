@@ -33,6 +33,7 @@ from .network import EmulatedCluster, RunResult, clean_stale, why_unavailable
 from .plans import HELD_OUT, SPREADS, build_plan
 
 DEVICES_PER_NODE = 2
+FAILED = 4
 UNAVAILABLE = 77
 """Exit status where nodes cannot be made, as automake's tests use it."""
 STARTING_S = 100.0
@@ -54,16 +55,15 @@ def main(arguments: list[str]) -> int:
         print(f"skipped: {why}", file=sys.stderr)
         return UNAVAILABLE
     clean_stale()
-    end_s, rates = time.monotonic() + options.limit_s, options.rate.split(",")
+    end_s, rates, done = time.monotonic() + options.limit_s, options.rate.split(","), True
     for position, rate in enumerate(rates):
         folder = options.out / f"{options.nodes}x{DEVICES_PER_NODE}-{rate}"
         folder.mkdir(parents=True, exist_ok=True)
         left_s = end_s - time.monotonic()
         until_s = end_s - (len(rates) - 1 - position) * LATER_SHARE * left_s
         with EmulatedCluster(options.nodes, rate, logs=options.logs) as nodes:
-            if not _measure(nodes, options, folder, until_s):
-                return 4
-    return 0
+            done = _measure(nodes, options, folder, until_s) and done
+    return 0 if done else FAILED
 
 
 def _parser() -> argparse.ArgumentParser:
