@@ -1,15 +1,14 @@
-"""What compiled programs said of a layer's memory takes the place of the formulas (``profilers memory``).
+"""What compiled programs said of a layer's memory corrects the formulas (``profilers memory``).
 
-Measured are, for a few strategies and numbers of samples n on a device, what one layer keeps, K', and the workspace,
-W' (``measured.MemoryTable``). With k and w the formulas of the same (``_memory``), at the measured strategy s' nearest
-to the layer's strategy s,
+Measured are, for a few strategies and numbers of samples n on a device, what one layer keeps, K', and the workspace, W'
+(``measured.MemoryTable``). With k and w the formulas of the same (``_memory``), at the measured strategy s' nearest to
+the layer's strategy s,
 
-    same spread and remat    K(s, n) = K'(n) + k(s, n) - k(s', n)      W(s, n) = W'(n) + w(s, n) - w(s', n)
-    another                  K(s, n) = K'(n) * k(s, n) / k(s', n)      W(s, n) = W'(n) * w(s, n) / w(s', n)
+    K(s, n) = k(s, n) + K'(n') - k(s', n')      W(s, n) = w(s, n) + W'(n') - w(s', n')      n' = n inner(s') / inner(s)
 
-Where s is s' the formulas cancel and the compiler alone speaks. Another zero level, other zero ranks or accumulation
-add or take away copies of weights: a difference. Another spread or remat divides activations: a ratio, so that what the
-formulas miss in one strategy they are corrected by in its neighbours too, and none looks cheaper for being unmeasured.
+Where s is s' the formulas cancel and the compiler alone speaks. Elsewhere what the formulas miss is taken from the
+nearest strategy that was compiled, at as many samples as bring about the same activations on a device: so none looks
+cheaper for not having been compiled. Held out, the difference was nearer than the ratio (docs/design/0059).
 
 Between two numbers of samples, and beyond them, bytes are affine in the samples (the profile states the largest error
 of that). The states stay formulas: they are exact. Nothing is below zero.
@@ -56,22 +55,14 @@ def compiled_memory(kind: LayerKind, strategy: Strategy, setting: Setting, formu
     if memory is None:
         return estimated
     table = _nearest(memory, strategy, setting.microbatches > 1)
-    measured, samples = _strategy_of(table), max(1, setting.microbatch // strategy.dp)
-
-    def anchor(n: int) -> Mapping[str, float]:
-        return formula(measured, _setting_of(table, setting, n))
-
-    alike = _activations(measured) == _activations(strategy)
+    measured = _strategy_of(table)
+    samples = max(1, setting.microbatch // strategy.dp) * measured.inner / strategy.inner
+    one, two = (formula(measured, _setting_of(table, setting, n)) for n in (1, 2))
     for name, points in (("residuals", table.kept_bytes), ("live", table.workspace_bytes)):
-        by_formula = anchor(samples)[name]
-        if len(points) > 1:
-            found = _at(table.samples, points, samples)
-        else:
-            found = points[0] + by_formula - anchor(table.samples[0])[name]
-        if alike or by_formula <= 0:
-            estimated[name] = max(0.0, found + estimated[name] - by_formula)
-        else:
-            estimated[name] = max(0.0, found) * estimated[name] / by_formula
+        growth = two[name] - one[name]
+        by_formula = one[name] + (samples - 1) * growth
+        found = _at(table.samples, points, samples, growth)
+        estimated[name] = max(0.0, estimated[name] + found - by_formula)
     return estimated
 
 
@@ -90,7 +81,7 @@ def memory_source(plan: Plan, model: ModelProfile, hardware: HardwareProfile) ->
     if not any(valid_memory(kind, hardware) for kind in model.kinds):
         return "estimated"
     known, pairs = count_compiled(plan, model, hardware)
-    rest = ", formulas scaled by the nearest for the others" if known < pairs else ""
+    rest = ", formulas corrected by the nearest for the others" if known < pairs else ""
     return f"measured for {known} of {pairs} (kind, strategy) pairs{rest}"
 
 
@@ -118,8 +109,10 @@ def _nearest(memory: MeasuredMemory, strategy: Strategy, accumulates: bool) -> M
     return min(memory.tables, key=distance)
 
 
-def _at(samples: tuple[int, ...], points: tuple[int, ...], n: int) -> float:
-    """Return the bytes at ``n`` samples, on the line through the two nearest points."""
+def _at(samples: tuple[int, ...], points: tuple[int, ...], n: float, growth: float) -> float:
+    """Return the bytes at ``n`` samples, on the line through the two nearest points (one: growing by ``growth``)."""
+    if len(samples) == 1:
+        return points[0] + (n - samples[0]) * growth
     right = next((i for i in range(1, len(samples)) if n <= samples[i]), len(samples) - 1)
     x, x2, y, y2 = samples[right - 1], samples[right], points[right - 1], points[right]
     return y + (n - x) * (y2 - y) / (x2 - x)

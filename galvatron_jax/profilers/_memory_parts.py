@@ -11,7 +11,8 @@ A strategy that was compiled with few samples only takes what grows with the sam
 and remat at another zero level): activations do not depend on zero. Everything that is not a layer in a row (embedding,
 head) gets the workspace of the program without layers.
 
-Left out, and named: probes that did not compile, and those in which the compiler rematerialised on its own.
+Left out are sizes of which one depth only is known (the budget ended there) and, by name, probes that did not compile or
+in which the compiler rematerialised on its own.
 """
 
 from __future__ import annotations
@@ -130,10 +131,12 @@ def _kind_points(peaks: Mapping[MemoryProbe, int], formulas: _Formulas) -> tuple
         points[key] = {}
         for samples, probes in sorted(depths.items()):
             deepest = probes[max(probes)]
-            states, kept, _ = formulas.layer(deepest.layer, key[0], deepest)
-            kept = _slope(key, samples, slopes, kept)
-            rest = peaks[deepest] - formulas.others(deepest) - deepest.layers * (states + kept)
-            points[key][samples] = _Bytes(kept, rest)
+            kept = _slope(key, samples, slopes)
+            if kept is not None:
+                states, _, _ = formulas.layer(deepest.layer, key[0], deepest)
+                rest = peaks[deepest] - formulas.others(deepest) - deepest.layers * (states + kept)
+                points[key][samples] = _Bytes(kept, rest)
+    points = {key: at for key, at in points.items() if at}
     error = max((_error(at) for at in points.values()), default=0.0)
     return {key: _completed(key, points) for key in points}, error
 
@@ -151,8 +154,8 @@ def _slopes(
     return found
 
 
-def _slope(key: _Key, samples: int, slopes: Mapping[_Key, Mapping[int, float]], formula: float) -> float:
-    """Return the kept bytes of a strategy: its own, those of its family, or the formula's."""
+def _slope(key: _Key, samples: int, slopes: Mapping[_Key, Mapping[int, float]]) -> float | None:
+    """Return the kept bytes of a strategy, its own or those of its family; None where no second depth was compiled."""
     own = slopes[key]
     if samples in own:
         return own[samples]
@@ -160,7 +163,7 @@ def _slope(key: _Key, samples: int, slopes: Mapping[_Key, Mapping[int, float]], 
         (x, y), (x2, y2) = min(own.items()), max(own.items())
         return y + (samples - x) * (y2 - y) / (x2 - x)
     family = [at[samples] for other, at in slopes.items() if _family(other) == _family(key) and samples in at]
-    return family[0] if family else formula
+    return family[0] if family else None
 
 
 def _completed(key: _Key, points: Mapping[_Key, _Points]) -> _Points:
