@@ -11,8 +11,8 @@ A strategy that was compiled with few samples only takes what grows with the sam
 and remat at another zero level): activations do not depend on zero. Everything that is not a layer in a row (embedding,
 head) gets the workspace of the program without layers.
 
-Left out are sizes of which one depth only is known (the budget ended there) and, by name, probes that did not compile or
-in which the compiler rematerialised on its own.
+Left out are sizes of which one depth only is known (the budget ended there) and, by name, probes that did not compile,
+or in which the compiler rematerialised on its own.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _PLUGINS = {"jax_plugins.xla_cuda12": "12", "jax_plugins.xla_cuda13": "13"}
 _CANNOT_REDUCE = "Can't reduce memory use below"
 _INVOLUNTARY = "Involuntary full rematerialization"
 _CUBLAS = "XLA's Triton kernels have no tiles for one of the matrix products: all are compiled as cuBLAS calls"
-_CLONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat[\w.]* = ", re.MULTILINE)
+CLONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat[\w.]* = ", re.MULTILINE)
 """XLA's rematerialisation names its clones so; that of JAX, which the plan asked for, does not."""
 
 
@@ -172,7 +172,7 @@ def _read_program(found: ProgramAnswer, number: int, folder: str, segments: Iter
         memory=found.memory,
         hlo_text=hlo_text,
         peak=read_peak(Path(dump_folder(folder, number)), segments),
-        rematerialised=len(_CLONE.findall(hlo_text)),
+        rematerialised=len(CLONE.findall(hlo_text)),
         warnings=(*_warnings(found.narration), *(() if found.triton else (_CUBLAS,))),
         compile_s=found.compile_s,
     )

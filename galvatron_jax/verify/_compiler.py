@@ -58,7 +58,7 @@ class Compiler:
         }
         with tempfile.TemporaryFile() as told:
             with _standard_error_to(told):
-                compiled, triton = _compiled(lowered, options)
+                compiled, triton = compile_lowered(lowered, options)
             told.seek(0)
             narration = told.read().decode(errors="replace")
         Path(text_file(self._folder, number)).write_text(compiled.as_text() or "")
@@ -69,7 +69,7 @@ class Compiler:
         self.programs.append(answer)
 
 
-def _compiled(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> tuple[jax.stages.Compiled, bool]:
+def compile_lowered(lowered: jax.stages.Lowered, options: dict[str, str | bool]) -> tuple[jax.stages.Compiled, bool]:
     """Compile; return the program, and whether XLA's own kernels do its matrix products.
 
     On GPUs the autotuner tries each product and leaves it to cuBLAS where Triton has no tiles for it; without a GPU

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,12 +24,10 @@ from ..errors import GalvatronError
 from ..profilers._memory_probe import MemoryProbe, MemoryReading, ProbeSession, kept_layers, probe_plan
 from ..runtime import StagePrograms, plan_model, stage_mesh
 from ..strategy import Strategy
-from ._compile import check_toolchain
+from ._compile import CLONE, check_toolchain
+from ._compiler import compile_lowered
 from ._subject import stand_in_optimizer
 from ._target import load_target
-
-_CLONE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+\.remat[\w.]* = ", re.MULTILINE)
-"""XLA's own rematerialisation names its clones so."""
 
 
 class Compiler:
@@ -71,7 +68,7 @@ class Compiler:
         return MemoryReading(
             probe=probe,
             peak_bytes=memory.peak_memory_in_bytes,
-            rematerialised=len(_CLONE.findall(compiled.as_text() or "")),
+            rematerialised=len(CLONE.findall(compiled.as_text() or "")),
             seconds=round(time.monotonic() - start, 1),
         )
 
@@ -85,8 +82,7 @@ class Compiler:
         leaves = jax.tree.leaves(analysis.trace.batch)
         batch = [jax.ShapeDtypeStruct((*leading, *leaf.shape), leaf.dtype) for leaf in leaves]
         train: Any = programs.train  # a jitted function: ``Callable`` hides ``lower``
-        compiled: jax.stages.Compiled = train.lower(programs.abstract_state, batch).compile()
-        return compiled
+        return compile_lowered(train.lower(programs.abstract_state, batch), {})[0]
 
     def _analysed(self, microbatch: int) -> Analysis:
         subject = self._model.resized(microbatch)
