@@ -6,6 +6,7 @@ layers divided evenly, the embedding with the first and the head with the last s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -65,9 +66,11 @@ class _Uniform(NamedTuple):
     strategy: Strategy
 
 
-def price_baselines(engine: Engine) -> tuple[Baseline, ...]:
-    """Return all baselines for the engine's problem and batch list."""
-    return tuple(_price(engine, family) for family in _families(engine))
+def price_baselines(engine: Engine, patience_s: float = np.inf) -> tuple[Baseline, ...]:
+    """Return all baselines for the engine's problem and batch list; after ``patience_s`` as far as they are."""
+    until_s = time.monotonic() + patience_s
+    priced = (_price(engine, family, until_s) for family in _families(engine))
+    return tuple(baseline for baseline in priced if baseline.plan is not None or time.monotonic() <= until_s)
 
 
 def _families(engine: Engine) -> tuple[_Family, ...]:
@@ -103,14 +106,14 @@ def _sharded(strategy: Strategy, replicas: int) -> bool:
     return strategy.inner == 1 and strategy.zero == 3 and strategy.replicas == replicas
 
 
-def _price(engine: Engine, family: _Family) -> Baseline:
+def _price(engine: Engine, family: _Family, until_s: float) -> Baseline:
     """Take candidates in the order of their rough bound until none can beat the best member found."""
     best: tuple[float, Plan] | None = None
     smallest: _Uniform | None = None
     candidates = [c for c in engine.candidates() if c.slices == 1 or (family.pipelined and c.schedule == SCHEDULE)]
     for candidate in sorted(candidates, key=lambda c: (engine.rough_bound_s(c) / c.global_batch, c)):
         limit = best[0] if best else np.inf
-        if engine.rough_bound_s(candidate) / candidate.global_batch >= limit:
+        if engine.rough_bound_s(candidate) / candidate.global_batch >= limit or time.monotonic() > until_s:
             break
         for uniform in sorted(_members(engine, family, candidate), key=lambda u: (u.bound_s, u.strategy)):
             if uniform.peak_bytes > engine.problem.budget_bytes:

@@ -18,7 +18,7 @@ least when all these are equal: ``G / (1 - (1 - 1/m)^S)``. With several stages e
 
 The candidate with the lowest bound is taken next, so when the lowest bound left is not below the best solution, that
 solution is the optimum of the whole space: the certificate. When a time limit or a signal stops the search, the
-lowest bound left is what is proven.
+lowest bound left is what is proven. So it is when a candidate was too hard to solve (``TooHard``): its bound stays.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ import numpy as np
 
 from ..plan import ScheduleName
 from ._assignment import Assigner
-from ._knapsack import Ints
+from ._knapsack import Ints, TooHard
 from ._partition import Solution
 from ._pipeline import Pipeline
 from ._pricing import PriceList, Prices, Problem, least_bytes
+from ._slices import Slices
 from ._space import Shape, even_cuts, microbatch_counts, shapes, stage_counts
 from ._stage import ROUNDING
 from ._whole import whole_seconds
@@ -68,7 +69,7 @@ class Outcome:
     bound_s_per_sample: float
     """No plan of the space takes less per sample."""
     stopped: bool
-    """The search ended before the proof was complete."""
+    """The search ended, or gave a candidate up, before the proof was complete."""
     solved: int
     """Candidates solved exactly."""
     candidates: int
@@ -100,6 +101,8 @@ class Engine:
     _cuts: dict[int, Ints] = field(default_factory=dict)
     _best: tuple[float, Candidate, Solution] | None = None
     _solved: int = 0
+    _given_up: float = float("inf")
+    """Lowest bound of the candidates that were too hard to solve, in seconds per sample."""
     _last_call_s: float | None = None
     """When the effort after a stop ends, on the monotonic clock."""
 
@@ -120,14 +123,15 @@ class Engine:
         except Stop:
             stopped = True
             self._last_effort(heap)
-        open_bounds = [heap[0][0]] if stopped and heap else []
+        open_bound = min(self._given_up, heap[0][0] if stopped and heap else float("inf"))
+        best = self._best[0] if self._best else float("inf")
         chosen = self._best[1] if self._best else None
         return Outcome(
             candidate=chosen,
             solution=self._best[2] if self._best else None,
             prices=self.prices_of(chosen) if chosen else None,
-            bound_s_per_sample=min(open_bounds + ([self._best[0]] if self._best else []), default=float("inf")),
-            stopped=stopped,
+            bound_s_per_sample=min(open_bound, best),
+            stopped=stopped or open_bound < best,
             solved=self._solved,
             candidates=len(every),
         )
@@ -194,32 +198,43 @@ class Engine:
 
     def _advance(self, heap: list[_Entry]) -> None:
         """Bound the first candidate better, or solve it."""
-        bound, candidate, priced, pipeline = heap[0]
-        if pipeline is None:
-            heapq.heappop(heap)
-            if not priced:
-                better = max(bound, self.whole_bound_s(candidate) / candidate.global_batch)
-                if better * candidate.global_batch < self._limit(candidate.global_batch):
-                    heapq.heappush(heap, (better, candidate, True, None))
+        bound, candidate, _, pipeline = first = heap[0]
+        try:
+            if pipeline is None:
+                heapq.heappop(heap)
+                better = self._bounded(first)
+                if better is not None:
+                    heapq.heappush(heap, better)
                 return
-            pipeline = self.refined(candidate)
+            found = pipeline.solve(self._limit(candidate.global_batch))
+        except TooHard:
+            self._given_up, found = min(self._given_up, bound), None
             if pipeline is None:
                 return
-            heapq.heappush(heap, (max(bound, pipeline.bound_s / candidate.global_batch), candidate, True, pipeline))
-            return
         entry = next(entry for entry in heap if entry[3] is pipeline)
-        found = pipeline.solve(self._limit(candidate.global_batch))
         heap.remove(entry)  # not before: until its proof is complete its bound is part of what is proven
         heapq.heapify(heap)
         self._solved += 1
         if found is not None:
             self._keep(candidate, found)
 
+    def _bounded(self, entry: _Entry) -> _Entry | None:
+        """Return the entry with its next bound; None when that reaches the limit."""
+        bound, candidate, priced, _ = entry
+        if not priced:
+            better = max(bound, self.whole_bound_s(candidate) / candidate.global_batch)
+            below = better * candidate.global_batch < self._limit(candidate.global_batch)
+            return (better, candidate, True, None) if below else None
+        pipeline = self.refined(candidate)
+        if pipeline is None:
+            return None
+        return max(bound, pipeline.bound_s / candidate.global_batch), candidate, True, pipeline
+
     def _last_effort(self, heap: list[_Entry]) -> None:
         """After a stop: solve the most promising candidate of one stage, mostly some milliseconds, never long."""
         self._last_call_s = time.monotonic() + LAST_EFFORT_S
         single = [entry for entry in heap if entry[3] is not None and entry[1].slices == 1]
-        with contextlib.suppress(Stop):
+        with contextlib.suppress(Stop, TooHard):
             for _, candidate, _, pipeline in sorted(single, key=lambda entry: entry[:2])[:1]:
                 found = pipeline.solve(self._limit(candidate.global_batch)) if pipeline else None
                 if found is not None:
@@ -231,14 +246,8 @@ class Engine:
         if prices is None:
             return None
         limit = self._limit(candidate.global_batch)
-        pipeline = Pipeline(
-            prices,
-            self._assigner(prices),
-            candidate.shape,
-            candidate.microbatches,
-            lambda solution: self._report(candidate, solution),
-            limit,
-        )
+        line = Slices(prices, self._assigner(prices), candidate.shape, candidate.microbatches)
+        pipeline = Pipeline(line, lambda solution: self._report(candidate, solution), limit)
         return pipeline if pipeline.bound_s < limit else None
 
     def _assigner(self, prices: Prices) -> Assigner:

@@ -13,7 +13,7 @@ from ..errors import GalvatronError
 from ..plan import Plan, ScheduleName, Training
 from ..profile import HardwareProfile, ModelProfile
 from ._baselines import Baseline, price_baselines
-from ._engine import Engine, Outcome, Stop
+from ._engine import LAST_EFFORT_S, Engine, Outcome, Stop
 from ._infeasible import explain_infeasible
 from ._plan_building import outcome_plan, peak_bytes
 from ._pricing import PriceList, Problem
@@ -24,6 +24,9 @@ from ._split import Split, split_layers
 MAX_GLOBAL_BATCH = 1_000_000
 MAX_BATCHES = 64
 """Beyond these a batch list is a slip of the keyboard."""
+
+FIRST_PLAN_S = 5.0
+"""How much longer than its time limit a search may go on that has no plan yet."""
 
 ROUNDED_CATEGORIES = 6
 """Memory categories of a stage (``cost.stage_memory``), each rounded up to whole bytes."""
@@ -84,7 +87,7 @@ def find_plan(
         microbatches: Allowed microbatch counts; None: all divisors of the batch.
         schedules: Allowed schedules; None: all.
         rules: What layers may use, made by ``pin`` and ``forbid``, for example ``[pin("layers 0-3: tp=8")]``.
-        time_limit_s: End the search after so many seconds, but not before it has a plan.
+        time_limit_s: End the search after so many seconds; ``FIRST_PLAN_S`` later where it has no plan yet.
         watch: Called often; may end the search.
 
     Raises:
@@ -114,11 +117,16 @@ def find_plan(
     outcome, plan = search(engine)
     if plan is None:
         if outcome.stopped:
-            raise GalvatronError("the search was stopped before it had a plan", action="give it more time")
+            raise GalvatronError(
+                "the search was stopped before it had a plan",
+                action="give it more time, or less to search: --max-tp, --no-pp, --space, --pin",
+            )
         raise explain_infeasible(engine)
     return SearchResult(
         plan=split.restore(plan),
-        baselines=price_baselines(Engine(split.given, batches) if limits.rules else engine),
+        baselines=price_baselines(
+            Engine(split.given, batches) if limits.rules else engine, LAST_EFFORT_S if outcome.stopped else inf
+        ),
         global_batches=batches,
         candidates=outcome.candidates,
         solved=outcome.solved,
@@ -163,8 +171,9 @@ def search(engine: Engine) -> tuple[Outcome, Plan | None]:
 
 def _poll(start: float, time_limit_s: float | None, watch: Watch | None) -> Callable[[float | None], None]:
     def poll(best: float | None) -> None:
-        expired = time_limit_s is not None and time.monotonic() - start > time_limit_s
-        if (expired and best is not None) or (watch is not None and watch(best)):
+        patience_s = FIRST_PLAN_S if best is None else 0.0
+        expired = time_limit_s is not None and time.monotonic() - start > time_limit_s + patience_s
+        if expired or (watch is not None and watch(best)):
             raise Stop
 
     return poll

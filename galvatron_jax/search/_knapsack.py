@@ -19,7 +19,8 @@ made for a part of that difference first: if it is not empty, its best entry is 
 **Thinning.** When only the best assignment is wanted, a beginning that is neither cheaper nor smaller than another
 one of as many items can go.
 
-Complexity: the number of listed beginnings, in practice tens; at most the number of assignments.
+Complexity: the number of listed beginnings, in practice tens; at most the number of assignments, and never more than
+``MOST_ROWS`` (``TooHard``).
 """
 
 from __future__ import annotations
@@ -40,8 +41,14 @@ FIRST_DEPTH = 16.0
 """Part of the rounding gap that is listed first."""
 DEEPENING = 4.0
 """How much further each next list goes."""
+MOST_ROWS = 100_000
+"""Beginnings that are listed; each takes some hundred bytes."""
 FEW_ROWS = 32
 """Shorter lists are not worth thinning."""
+
+
+class TooHard(Exception):  # noqa: N818  (an answer, not an error: the engine keeps the bound that it has)
+    """An exact solution was given up: more cases than the search is willing to list."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -214,6 +221,8 @@ def _most(left: Floats, reduced: float, remaining: Ints) -> Ints:
 
 def _up_to(most: Ints) -> tuple[Ints, Ints]:
     """Each row index repeated for 0, 1, ... ``most[row]`` items, and those numbers."""
+    if len(most) + int(most.sum()) > MOST_ROWS:
+        raise TooHard
     parent = np.repeat(np.arange(len(most)), most + 1)
     starts = np.cumsum(most + 1) - (most + 1)
     return parent, np.arange(len(parent)) - starts[parent]

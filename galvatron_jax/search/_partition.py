@@ -12,21 +12,25 @@ different choices).
 **Branching.** Then list all choices of one slice that no known path excludes, fix each in turn, and go on with the
 others. When all slices are fixed the schedule is played, so the best time found is the optimum.
 
-Complexity: one play, O(stages * microbatches), for each cut; a few cuts and no branching in most problems.
+Complexity: one play, O(stages * microbatches), for each cut; a few cuts and no branching in most problems, and never
+more than ``MOST_BRANCHES`` branches (``TooHard``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ._bounds import Bounds
+from ._knapsack import TooHard
 from ._paths import Path, bottleneck_path, longest_path
+from ._slices import Slices
 from ._stage import ROUNDING, SliceChoice, SliceWeights, StageChoice, normalised
 
-if TYPE_CHECKING:
-    from ._pipeline import Pipeline
+MOST_BRANCHES = 2000
+"""Choices fixed for one set of boundaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,30 +47,39 @@ class Solution:
 class Partition:
     """Fixed boundaries: the best strategies of all slices together."""
 
-    pipeline: Pipeline
+    line: Slices
+    bounds: Bounds | None
+    """Of all boundaries; learns the paths found here."""
     boundaries: tuple[int, ...]
+    limit: float
+    """Step time that a solution must stay below."""
+    report: Callable[[Solution | None], None]
+    """Called between steps with the best solution so far; may raise to stop the search."""
     transfer_s: list[float] = field(init=False)
     paths: list[Path] = field(default_factory=list)
     """Known paths: the bottleneck paths and the cuts known for all boundaries, once it is solved."""
     best: Solution | None = None
+    branches: int = 0
 
     def __post_init__(self) -> None:
         """Price the messages."""
-        self.transfer_s = self.pipeline.transfers(self.boundaries)
+        self.transfer_s = self.line.transfers(self.boundaries)
 
     @property
     def slices(self) -> int:
         """Number of device slices."""
-        return self.pipeline.shape.slices
+        return self.line.shape.slices
 
     def _bottleneck(self, s: int) -> Path:
-        slices, _, chunks = self.pipeline.shape
-        return bottleneck_path(slices, self.pipeline.microbatches, s, chunks)
+        slices, _, chunks = self.line.shape
+        return bottleneck_path(slices, self.line.microbatches, s, chunks)
 
     def solve(self, known: Solution | None) -> Solution | None:
-        """Return the best solution below the pipeline's limit, which ``known`` has set, or None."""
+        """Return the best solution below the limit, which ``known`` has set, or None."""
         self.best = known
-        self.paths = [self._bottleneck(s) for s in range(self.slices)] + self.pipeline.paths
+        self.paths = [self._bottleneck(s) for s in range(self.slices)] + (
+            self.bounds.paths if self.bounds is not None else []
+        )
         self._search({})
         return self.best if self.best is not known else None
 
@@ -74,10 +87,10 @@ class Partition:
         """Close the gap between bound and best time by new cuts, then branch over the choices of one slice."""
         seen: set[tuple[SliceChoice, ...]] = set()
         while True:
-            self.pipeline.report(self.best)
+            self.report(self.best)
             bounds = [self._bound(path, fixed) for path in self.paths]
             leader = max(range(len(bounds)), key=bounds.__getitem__)
-            if bounds[leader] >= self.pipeline.limit * (1 - ROUNDING):
+            if bounds[leader] >= self.limit * (1 - ROUNDING):
                 return
             chosen = [self._choice(s, self.paths[leader], fixed) for s in range(self.slices)]
             choices = tuple(choice for choice in chosen if choice is not None)
@@ -86,8 +99,9 @@ class Partition:
                 break
             seen.add(choices)
             self.paths.append(path)
-            self.pipeline.learn(path)
-        if len(fixed) < self.slices and bounds[leader] < self.pipeline.limit * (1 - ROUNDING):
+            if self.bounds is not None:
+                self.bounds.learn(path)
+        if len(fixed) < self.slices and bounds[leader] < self.limit * (1 - ROUNDING):
             self._branch(fixed, choices, path)
 
     def _branch(self, fixed: dict[int, SliceChoice], choices: tuple[SliceChoice, ...], path: Path) -> None:
@@ -102,7 +116,10 @@ class Partition:
             )
         )
         for bound, i in ranked:
-            if bound < self.pipeline.limit * (1 - ROUNDING):
+            if bound < self.limit * (1 - ROUNDING):
+                self.branches += 1
+                if self.branches > MOST_BRANCHES:
+                    raise TooHard
                 self._search({**fixed, chosen: options[i]})
 
     def _options(self, chosen: int, fixed: dict[int, SliceChoice]) -> list[SliceChoice]:
@@ -112,18 +129,18 @@ class Partition:
             weights = self._weights(path, chosen)
             if max(map(max, weights)) > 0:
                 least = self._least(chosen, path, {})
-                spare = self.pipeline.limit - self._bound(path, fixed)
+                spare = self.limit - self._bound(path, fixed)
                 allowed.append((spare / least if least else np.inf, weights, least + spare))
         _, weights, most = min(allowed)
-        found = self.pipeline.assigner.within(self.pipeline.span(chosen, self.boundaries), weights, most)
+        found = self.line.assigner.within(self.line.span(chosen, self.boundaries), weights, most)
         return [c for c in found if all(c.cost(w) <= top * (1 + ROUNDING) for _, w, top in allowed)]
 
     def _play(self, choices: tuple[SliceChoice, ...]) -> Path:
         """Run the schedule, keep the solution if it is better, and return its longest path."""
-        stages = tuple(choice.stages[c] for c in range(self.pipeline.shape.chunks) for choice in choices)
-        time_s, path = longest_path(self.pipeline.schedule, stages, self.transfer_s)
-        if time_s < self.pipeline.limit:
-            self.pipeline.limit = time_s
+        stages = tuple(choice.stages[c] for c in range(self.line.shape.chunks) for choice in choices)
+        time_s, path = longest_path(self.line.schedule, stages, self.transfer_s)
+        if time_s < self.limit:
+            self.limit = time_s
             self.best = Solution(time_s, self.boundaries, stages)
         return path
 
@@ -142,7 +159,7 @@ class Partition:
         if chosen in fixed:
             return fixed[chosen]
         unit, _ = normalised(self._weights(path, chosen))
-        return self.pipeline.assigner.cheapest(self.pipeline.span(chosen, self.boundaries), unit)
+        return self.line.assigner.cheapest(self.line.span(chosen, self.boundaries), unit)
 
     def _weights(self, path: Path, s: int) -> SliceWeights:
-        return path.of_slice(s, self.pipeline.shape.slices)
+        return path.of_slice(s, self.line.shape.slices)

@@ -27,12 +27,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ._dominance import undominated
-from ._knapsack import Floats, Ints
+from ._knapsack import MOST_ROWS, Floats, Ints, TooHard
 from ._pricing import Prices
 from ._stage import ROUNDING, SliceChoice, SliceWeights, Span, StageChoice
 
 FEW_ROWS = 4096
 """Tables that grow beyond it are thinned before the next kind comes."""
+SHARED_ROWS = 20 * MOST_ROWS
+"""Largest table; a row takes some dozen bytes."""
 
 
 class _Options(NamedTuple):
@@ -134,6 +136,8 @@ class SharedSlice:
     def _joined(self, table: _Table, rows: Ints, cost: Floats, weights: SliceWeights, at: int) -> _Table:
         """All choices of the table with some options of one more kind."""
         more = self._options[at]
+        if len(table.live) * len(rows) > SHARED_ROWS:
+            raise TooHard
         old, new = np.repeat(np.arange(len(table.live)), len(rows)), np.tile(rows, len(table.live))
         picked = np.column_stack([table.picked[old], new])
         total = table.cost[old] + cost[new]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 
@@ -8,12 +9,12 @@ from galvatron_jax import _document
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.errors import GalvatronError, InfeasibleError
 from galvatron_jax.plan import Plan, check_plan
-from galvatron_jax.search import SearchResult, find_plan
+from galvatron_jax.search import SearchResult, _find, _knapsack, _partition, _pipeline, find_plan
 from galvatron_jax.search._baselines import price_baselines
 from galvatron_jax.search._engine import Engine
 from galvatron_jax.search._find import MAX_GLOBAL_BATCH
 from tests.search.brute_force import every_plan
-from tests.search.problems import small_problem
+from tests.search.problems import quantile, small_problem
 from tests.support.toy_models import llama_like_profile, toy_hardware
 
 MODEL = llama_like_profile(layers=7, embed=512, heads=8, head_dim=64, mlp=1536, vocab=5001, seq=512)
@@ -53,6 +54,35 @@ def test_stopped_search_keeps_the_first_plan_and_a_true_bound() -> None:
     assert predicted_s(stopped.plan) / stopped.plan.global_batch >= predicted_s(best) / best.global_batch
     assert certificate.gap == pytest.approx(1 - certificate.lower_bound_s / predicted_s(stopped.plan))
     assert certificate.optimal == (certificate.gap == 0)
+
+
+@pytest.mark.parametrize("microbatches", [None, (1,)])
+def test_time_limit_ends_a_search_that_has_no_plan_too(
+    microbatches: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_find, "FIRST_PLAN_S", -1.0)
+    with pytest.raises(GalvatronError, match="stopped before it had a plan"):
+        search(time_limit_s=0.0, memory_bytes=1, microbatches=microbatches)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(_partition, "MOST_BRANCHES"), (_pipeline, "MOST_BOUNDARIES"), (_knapsack, "MOST_ROWS")]
+)
+@pytest.mark.parametrize("seed", [0, 2, 9, 16, 18, 12])
+def test_candidate_too_hard_to_solve_leaves_a_true_bound(
+    seed: int, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = small_problem(seed)
+    problem = small.problem(quantile([tried.peak_bytes for tried in every_plan(*small)], 0.3))
+    best = Engine(problem, small.batches).run()
+    monkeypatch.setattr(module, name, 1)
+    found = Engine(problem, small.batches).run()
+    assert best.solution is not None
+    assert not best.stopped
+    assert found.bound_s_per_sample <= best.bound_s_per_sample * (1 + 1e-12)
+    assert found.stopped or found.bound_s_per_sample == pytest.approx(best.bound_s_per_sample, rel=1e-12)
+    if found.solution is not None and found.candidate is not None:
+        assert found.bound_s_per_sample <= found.solution.step_time_s / found.candidate.global_batch
 
 
 @pytest.mark.parametrize("looks", [0, 3, 10, 30])

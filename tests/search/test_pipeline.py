@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from galvatron_jax.schedule import in_flight_units
-from galvatron_jax.search._pipeline import fullest_moments
+from galvatron_jax.search._slices import fullest_moments
 from galvatron_jax.search._space import Shape
 
 
