@@ -3,10 +3,10 @@
 A set is legal when no operation holds two of its classes or one of them twice (a mesh axis can shard one dimension of
 an array only), no operation needs one of them whole, none of them is a class of the stream, and each stands first in
 its dimension of every parameter (a ``NamedSharding`` cannot name a minor part of a dimension; ``_factored`` rewrites
-programs where that alone is in the way). Sets are ranked by the share of matmul FLOPs they divide, then by the bytes of
-their collectives; those that reduce arrays larger than the stream (logits, scores) come last, since no share of the
-FLOPs is worth that. Megatron's choice for a Llama block, {kv heads, mlp}, is the best set: it is derived here, not
-written down.
+programs where that alone is in the way). Sets are ranked by the share of matmul FLOPs they divide (of parameter bytes
+they save, in a layer without products), then by the bytes of their collectives; those that reduce arrays larger than
+the stream (logits, scores) come last, since no share of the FLOPs is worth that. Megatron's choice for a Llama block,
+{kv heads, mlp}, is the best set: it is derived here, not written down.
 
 No operation holds two classes of a set, so each operation is divided, and each collective caused, by one class alone:
 the figures of a set are sums of its classes' figures, and the legal sets are the cliques of a graph over at most a
@@ -65,12 +65,17 @@ def class_sets(layer: Layer, *, factored: bool = False) -> list[ClassSet]:
         if all(pair in apart for pair in itertools.combinations(chosen, 2))
     ]
     useful = [s for s in sets if s.flops_share > 0 and s.max_degree > 1]
-    return sorted(useful, key=_rank)
+    only_stores = not any(op.flops for op in layer.ops)
+    return sorted(useful, key=lambda found: _rank(found, only_stores))
 
 
-def _rank(found: ClassSet) -> tuple[bool, float, int, list[int]]:
-    share = -round(found.flops_share, _SHARE_DIGITS)
-    return found.reduces_more_than_stream, share, found.collective_bytes, sorted(found.classes)
+def _rank(found: ClassSet, only_stores: bool) -> tuple[bool, float, int, list[int]]:
+    """Order by what is divided; of tables that are only stored, by what is saved at the set's largest degree.
+
+    Else the two token types of a BERT would hold its vocabulary to two ranks.
+    """
+    share = found.flops_share * (1 - 1 / found.max_degree if only_stores else 1)
+    return found.reduces_more_than_stream, -round(share, _SHARE_DIGITS), found.collective_bytes, sorted(found.classes)
 
 
 def tensor_parallel(layer: Layer, found: ClassSet) -> tuple[Predicted, ...]:

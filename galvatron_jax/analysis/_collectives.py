@@ -7,7 +7,9 @@ Rules (``A``: the classes sharded over the tensor axes; both passes are explicit
   along ``seq``, and so is what sums and fused operations make of it: the all-reduce becomes a reduce-scatter, and a
   product (or scatter) of such a value with an operand or result sharded over ``A`` gathers it first: once in each pass
   for all its readers, since gathered copies are not kept in between;
-* a sum over ``seq`` of such a value (the gradient of a norm's weight) is an all-reduce of its small result;
+* a sum over ``seq`` of such a value (the gradient of a norm's weight) is an all-reduce of its small result, and the
+  gradient of a parameter that has ``seq`` (learned positions) is gathered;
+* what stands in the body of a loop runs as often as the loop (the weight gradients of a recurrence, at each step);
 * sharding ``batch``: every sum over it is an all-reduce; those that end in parameter gradients are left to the caller,
   who knows the ZeRO level.
 
@@ -18,7 +20,7 @@ AllReduceReassociate; XLA:CPU does not).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..profile import CollectiveKind, Phase
 from ..strategy import Remat
@@ -32,7 +34,7 @@ _LINEAR = frozenset("convert_element_type copy expand_dims neg reduce_sum reshap
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Predicted:
-    """One collective per microbatch."""
+    """One collective per microbatch, ``times`` of them where it stands in a loop."""
 
     phase: Phase
     kind: CollectiveKind
@@ -44,6 +46,7 @@ class Predicted:
     """Collectives with the same root become one where sums are merged."""
     recomputed: frozenset[Remat]
     """Rematerialisations that run it again."""
+    times: int = 1
 
 
 def tensor_collectives(layer: Layer, sharded: frozenset[int]) -> list[Predicted]:
@@ -86,7 +89,7 @@ def sequence_collectives(layer: Layer, sharded: frozenset[int], stream: frozense
             found.append(reduction(layer, op, sharded, kind))
         elif seq in layer.contracted(op) and any(id(v) in along for v in op.inputs) and not _holds(layer, op, sharded):
             found.append(reduction(layer, op, frozenset([seq])))
-    return found
+    return [*found, *_gradient_gathers(layer, along)]
 
 
 def _sharded_along(layer: Layer, sharded: frozenset[int], stream: frozenset[int], seq: int) -> set[int]:
@@ -132,6 +135,14 @@ def _gathers(layer: Layer, sharded: frozenset[int], along: set[int]) -> list[Pre
     ]
 
 
+def _gradient_gathers(layer: Layer, along: set[int]) -> Iterator[Predicted]:
+    """Gather the gradients of parameters with positions: each rank has those of its part of the sequence."""
+    for index in layer.parameters:
+        gradient = layer.gradients.get(index)
+        if gradient is not None and id(gradient) in along:
+            yield Predicted("backward", "all-gather", gradient, frozenset(), id(gradient), frozenset())
+
+
 def _holds(layer: Layer, op: Op, classes: frozenset[int]) -> bool:
     """Tell whether an operand or result of ``op`` carries one of ``classes``."""
     return any(layer.classes(v) & classes for v in [*op.inputs, *op.outputs])
@@ -171,6 +182,7 @@ def reduction(layer: Layer, op: Op, classes: frozenset[int], kind: CollectiveKin
         over=layer.contracted(op) & classes,
         root=root_of(layer, op.outputs[0]),
         recomputed=layer.recomputed_by(op),
+        times=op.times,
     )
 
 

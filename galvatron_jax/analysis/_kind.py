@@ -14,7 +14,7 @@ from ._candidates import ClassSet, class_sets, sequence_parallel, spill_class, s
 from ._collectives import data_collectives, tensor_collectives
 from ._cut import Segment
 from ._factored import factor
-from ._layer import Layer, analyse_layer
+from ._layer import Layer, Samples, analyse_layer
 from ._names import Given, Names, name_classes, samples
 from ._quantities import Quantities
 from ._ulysses import Attention, find_attention, ulysses_collectives
@@ -49,6 +49,7 @@ def analyse_kind(
     parameters: Mapping[int, str],
     differentiated: Sequence[int],
     given: Given,
+    sampled_outputs: Sequence[int] = (),
     *,
     factored: bool = False,
 ) -> AnalysedKind:
@@ -59,13 +60,15 @@ def analyse_kind(
         parameters: Path inside the layer of each input that is a trained parameter.
         differentiated: Inputs that need a cotangent.
         given: Class names already known, by input (see ``name_classes``).
+        sampled_outputs: Results whose dimension 0 is the batch, as their readers know.
         factored: Rewrite the program where the flat form of a parameter loses a class (``_factored``); whoever runs it
             must keep parameters in ``stored_shapes``.
     """
-    layer = analyse_layer(segment, list(parameters), differentiated, samples(given))
+    batched = Samples(samples(given), sampled_outputs)
+    layer = analyse_layer(segment, list(parameters), differentiated, batched)
     sets = class_sets(layer)
     if factored:
-        layer, sets = _factored(layer, sets, samples(given))
+        layer, sets = _factored(layer, sets, batched)
     names = name_classes(layer, given)
     by_name = {name: f for f, name in names.items()}
     batch, seq = by_name.get(BATCH), by_name.get(SEQ)
@@ -98,7 +101,7 @@ def analyse_kind(
     )
 
 
-def _factored(layer: Layer, sets: list[ClassSet], batched: Sequence[int]) -> tuple[Layer, list[ClassSet]]:
+def _factored(layer: Layer, sets: list[ClassSet], batched: Samples) -> tuple[Layer, list[ClassSet]]:
     """Return the layer in factored form and its class sets, or both unchanged where the flat form loses nothing."""
     wanted = next(iter(class_sets(layer, factored=True)), None)
     flat_share = sets[0].flops_share if sets else 0.0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 from jax.extend.core import jaxpr_as_fun
@@ -112,8 +112,15 @@ def phase_of(op: Op) -> Phase:
     return "backward" if BACKWARD in op.scope else "forward"
 
 
+class Samples(NamedTuple):
+    """Inputs and outputs whose dimension 0 holds the same samples, whether an operation says so or not."""
+
+    inputs: Sequence[int] = ()
+    outputs: Sequence[int] = ()
+
+
 def analyse_layer(
-    segment: Segment, parameters: Sequence[int], differentiated: Sequence[int], samples: Sequence[int] = ()
+    segment: Segment, parameters: Sequence[int], differentiated: Sequence[int], samples: Samples
 ) -> Layer:
     """Trace both passes of ``segment`` and analyse their dimensions.
 
@@ -121,18 +128,20 @@ def analyse_layer(
         segment: A segment of a cut program.
         parameters: Indices of the inputs that are trained parameters.
         differentiated: Indices of the inputs that need a cotangent.
-        samples: Indices of the inputs whose dimension 0 holds the same samples, whether an operation says so or not.
+        samples: Which inputs and outputs hold the samples of the batch.
     """
     chosen = tuple(differentiated)
     joint, outputs, kept = _trace_both_passes(segment, chosen)
     walk = Walk(Factors())
     arguments = [walk.fresh(v.aval) for v in joint.inputs]
-    for index in samples[1:]:
-        walk.factors.unify(arguments[samples[0]].dims[0], arguments[index].dims[0])
+    for index in samples.inputs[1:]:
+        walk.factors.unify(arguments[samples.inputs[0]].dims[0], arguments[index].dims[0])
     forward = flatten(segment.program, is_plain_call)
     _, forward_values = walk.run(forward, arguments[: len(segment.inputs)])
     walk.ops.clear()
     results, _ = walk.run(joint, arguments)
+    for index in samples.outputs if samples.inputs else ():
+        walk.factors.unify(arguments[samples.inputs[0]].dims[0], results[index].dims[0])
     dimensions = Dimensions(walk.factors, walk.ops, arguments, results, walk.unknown)
     gradients = dict(zip(chosen, results[outputs + kept :], strict=True))
     _tie(dimensions, segment, results[:outputs], gradients)

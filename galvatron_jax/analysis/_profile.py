@@ -15,6 +15,7 @@ from ..profile import BATCH, SEQ, LayerKind, LayerRun, ModelProfile
 from ._batch import abstract_batch, sample_count
 from ._boundaries import Crossings, find_crossings
 from ._cut import Cut, Segment, cut_layers
+from ._dimensions import Value
 from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
 from ._flow import trained_values
 from ._kind import AnalysedKind, analyse_kind
@@ -90,8 +91,35 @@ def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
         if segment.kind not in kinds:
             kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names)
         _hand_down(segment, kinds[segment.kind], names)
+    for segment, outputs in _late_samples(cut, kinds):
+        kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names, outputs)
     crossings = find_crossings(cut, len(trace.has_samples))
     return {name: _placed(kind, cut, crossings, set(paths)) for name, kind in kinds.items()}
+
+
+def _late_samples(cut: Cut, kinds: dict[str, AnalysedKind]) -> list[tuple[Segment, list[int]]]:
+    """Return the layers with results whose dimension 0 only a reader knows to be the batch, one layer of each kind.
+
+    A mask broadcast to the shape of the tokens reads none of them; the layer that attends says what it is.
+    """
+    read_as_batch = {
+        variable
+        for segment in cut.segments
+        for variable, value in zip(segment.inputs, kinds[segment.kind].layer.inputs, strict=True)
+        if _is_batch_first(kinds[segment.kind], value)
+    }
+    found: dict[str, tuple[Segment, list[int]]] = {}
+    for segment in cut.segments:
+        kind = kinds[segment.kind]
+        made = zip(segment.outputs, kind.layer.outputs, strict=True)
+        outputs = [i for i, (v, value) in enumerate(made) if v in read_as_batch and not _is_batch_first(kind, value)]
+        if outputs:
+            found.setdefault(segment.kind, (segment, outputs))
+    return list(found.values())
+
+
+def _is_batch_first(kind: AnalysedKind, value: Value) -> bool:
+    return bool(value.dims) and [kind.names.get(f) for f in kind.layer.dimensions.classes(value)[0]] == [BATCH]
 
 
 def _placed(kind: AnalysedKind, cut: Cut, crossings: Crossings, parameters: set[Variable]) -> AnalysedKind:
@@ -118,11 +146,15 @@ def _positions(cut: Cut, trained: set[Variable]) -> dict[str, list[int]]:
 
 
 def _analyse_kind(
-    segment: Segment, paths: dict[Variable, str], differentiated: list[int], names: VariableNames
+    segment: Segment,
+    paths: dict[Variable, str],
+    differentiated: list[int],
+    names: VariableNames,
+    sampled_outputs: Sequence[int] = (),
 ) -> AnalysedKind:
     parameters = {i: _inner_path(paths[v], segment) for i, v in enumerate(segment.inputs) if v in paths}
     given = {i: names[v] for i, v in enumerate(segment.inputs) if v in names and i not in parameters}
-    return analyse_kind(segment, parameters, differentiated, given)
+    return analyse_kind(segment, parameters, differentiated, given, sampled_outputs)
 
 
 def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, AnalysedKind]) -> ModelProfile:

@@ -110,8 +110,8 @@ class Quantities:
         roots: set[int] = set()
         for item in predicted:
             key = self._collective(item)
-            counts[key] += 1
-            merged[key] += item.root not in roots
+            counts[key] += item.times
+            merged[key] += item.times * (item.root not in roots)
             roots.add(item.root)
         return tuple(
             msgspec.structs.replace(key, array=_with_count(key.array, n), merged_count=merged[key])

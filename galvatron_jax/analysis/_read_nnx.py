@@ -15,8 +15,9 @@ from flax import nnx
 
 from ._pure_model import Loss, PureModel, Role, dotted
 
-PATH_ATTRIBUTE = "_galvatron_path"
-"""Static attribute that names a module of the private copy."""
+PATH_ATTRIBUTE = "_pytree__galvatron_path"
+"""Static attribute that names a module of the private copy. Flax hides this prefix from modules that read their own
+attributes: ``nnx.Dict`` takes all others for its keys, ``nnx.bridge.ToNNX`` for Linen variables."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

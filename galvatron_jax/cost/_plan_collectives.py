@@ -30,7 +30,7 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Literal
 
 from ..plan import Plan, Strategy, check_plan, zero_dim
-from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
+from ..profile import BATCH, SEQ, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
 from ._stream import relayout_steps, stream_arrays, wire_layout
 from ._values import Shares
 from ._weights import Spread
@@ -144,7 +144,11 @@ class _PlannedLayer:
     def _gradients(self, spread: Spread, *, merged: bool) -> Iterator[PlannedCollective]:
         deferred = self.accumulates and spread.zero <= 1
         number = _one if merged or deferred else _each
-        divided, whole = (self._bytes(part, number, stored=deferred) for part in (True, False))
+
+        def whole_gradients(parameter: Parameter) -> float:
+            return number(parameter) / (1 if deferred else self._parts(parameter))
+
+        divided, whole = (self._bytes(part, whole_gradients, stored=deferred) for part in (True, False))
         some = functools.partial(self._some, cause="gradient", phase="backward")
         if not spread.zero:
             yield from some("all-reduce", group=spread.ranks, size_bytes=divided + whole, once=deferred)
@@ -154,6 +158,12 @@ class _PlannedLayer:
             shards = self._bytes(True, _one, stored=self.accumulates) / spread.zero_ranks
             yield from some("all-reduce", group=spread.replicas, size_bytes=shards, once=self.accumulates)
         yield from some("all-reduce", group=spread.ranks, size_bytes=whole, once=deferred)
+
+    def _parts(self, parameter: Parameter) -> int:
+        """Under sp the gradient of a parameter with positions is reduced in as many parts, and gathered after."""
+        candidate, classes = self.kind.best_candidate, set(parameter.classes())
+        along = self.strategy.sp and SEQ in classes and candidate and classes.isdisjoint(candidate.classes)
+        return self.strategy.tp if along else 1
 
     def _bytes(self, divided: bool, times: Callable[[Parameter], float], *, stored: bool = False) -> float:
         """Bytes of the parameters that zero can divide, or of the others, each so many times.

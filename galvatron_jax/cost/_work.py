@@ -63,11 +63,16 @@ class SpreadCollective(NamedTuple):
     stride: int
     local: bool
     """Its array is what one device holds; otherwise the whole array of the group."""
+    along_sequence: bool
+    """Where sp shards its array along the sequence, it moves the shard: only sums over the batch do."""
 
     def size_bytes(self, kind: LayerKind, shares: Shares) -> float:
         """Return the bytes of the array of one of them."""
-        # Under sp, too, what is reduced or gathered is whole along the sequence; all but gathers are local otherwise.
-        shares = dataclasses.replace(shares, sp=False) if self.local else Shares(shares.microbatch, shares.dp)
+        # What tensor ranks reduce or gather is whole along the sequence; all but gathers are local otherwise.
+        if self.local:
+            shares = dataclasses.replace(shares, sp=shares.sp and self.along_sequence)
+        else:
+            shares = Shares(shares.microbatch, shares.dp)
         return array_bytes(kind, self.collective.array).at(shares)
 
     def number(self, *, merged: bool) -> int:
@@ -177,7 +182,8 @@ def _spread(kind: LayerKind, collectives: Iterable[Collective], strategy: Strate
         ranks = math.prod(sizes.get(name, 1) for name in collective.over) if collective.over else strategy.inner
         if ranks > 1:
             local = bool(collective.over) or collective.kind in ("all-to-all", "collective-permute")
-            yield SpreadCollective(collective, ranks, _stride(candidate, collective, shards, strategy), local)
+            stride, over_batch = _stride(candidate, collective, shards, strategy), BATCH in collective.over
+            yield SpreadCollective(collective, ranks, stride, local, over_batch)
 
 
 def _stride(candidate: Candidate | None, collective: Collective, shards: Mapping[str, int], strategy: Strategy) -> int:

@@ -68,6 +68,10 @@ class LayerLayout:
         classes = set(self.kind.layer.dimensions.flat_classes(value))
         return bool(self._stream) and self._stream <= classes and not classes & self.kind.tensor_classes
 
+    def is_tensor_sharded(self, value: Value) -> bool:
+        """Tell whether ``value`` carries a tensor class."""
+        return not self.kind.tensor_classes.isdisjoint(self.kind.layer.dimensions.flat_classes(value))
+
     @functools.cached_property
     def _stream(self) -> frozenset[int]:
         return self.kind.stream_classes

@@ -144,6 +144,8 @@ class StageModel:
         function = self._function(run)
 
         def layer(carry: list[Any], row: dict[int, Any]) -> tuple[list[Any], list[Any]]:
+            # Pinned here too: else the compiler lays out what is carried as the layers around the loop have it.
+            carry = [arrive(value, layout, layout, i) for i, value in zip(carried, carry, strict=True)]
             placed = place_gradients([row[i] for i in weights], places)
             own = {i: arrive(row[i], before.get(head.inputs[i]), layout, i) for i in each}
             known = {
@@ -160,7 +162,8 @@ class StageModel:
             final, collected = jax.lax.scan(layer, start, rows)
         for o, column in zip(escaping, collected, strict=True):
             environment.update((segment.outputs[o], column[row]) for row, segment in enumerate(run.segments))
-        environment.update((last.outputs[run.feeds[i].output], value) for i, value in zip(carried, final, strict=True))
+        for i, value in zip(carried, final, strict=True):
+            environment[last.outputs[run.feeds[i].output]] = arrive(value, layout, layout, i)
         before.update((variable, layout) for segment in run.segments for variable in segment.outputs)
 
     def _order_gradients(self, environment: Environment, number: int, before: dict[Variable, LayerLayout]) -> None:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 
-from ..analysis import Equation, Value, is_batched, is_kept, is_kernel_name
+from ..analysis import Equation, Value, Variable, is_batched, is_kept, is_kernel_name
 from ..strategy import Remat
 from ._copies import Copies, PerRank, copyable, unreduced_axes
 from ._layout import LayerLayout, Role
@@ -150,7 +150,8 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
     def place(variable: Any, equation: Equation, result: Any, inside: bool) -> Any:
         if variable in ranks.copied:
             return result
-        return _constrain(layout, equation.name, result, values[variable], inside=inside)
+        partial = _is_partial(layout, equation)
+        return _constrain(layout, equation.name, result, values[variable], inside=inside, partial=partial)
 
     for position, equation in enumerate(program.equations):
         inside = border.is_inside(position)
@@ -186,11 +187,17 @@ class _Border:
         return self._crossed[id(value)]
 
 
-def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value, *, inside: bool) -> Any:
+def _is_partial(layout: LayerLayout, equation: Equation) -> bool:
+    """Tell whether ``equation`` looks up in a sharded table: each rank finds its own rows only."""
+    table = equation.inputs[0] if equation.name == "gather" else None
+    return isinstance(table, Variable) and layout.is_tensor_sharded(layout.kind.layer.forward_values[table])
+
+
+def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value, *, inside: bool, partial: bool) -> Any:
     stream = layout.strategy.sp and layout.is_stream(value)
     if not result.ndim or not (is_kernel_name(primitive) or (stream and primitive in _STREAM_PRIMITIVES)):
         return result
-    if stream and primitive == "gather":
+    if stream and partial:
         # Summed over the vocabulary first, sharded along the sequence after: else XLA shards the indices along it.
         result = jax.lax.with_sharding_constraint(result, layout.value(value, sequence=False))
     return jax.lax.with_sharding_constraint(result, layout.value(value, inside=inside))

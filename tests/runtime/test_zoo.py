@@ -1,8 +1,9 @@
 """Every model of the zoo under several plans on eight devices: the numbers of one device, the collectives predicted.
 
 Each plan is compiled once and answers both questions. The largest error is the case's own tolerance, absolute and
-relative: the same float32 sums in another order. What XLA:CPU does otherwise than predicted stands in
-``docs/collectives.md``.
+relative: the same float32 sums in another order. Collectives agree to the last byte, after what XLA:CPU does by rules
+of its own (``compiled_totals``, ``predicted_totals``; docs/collectives.md states them). ``EXCUSED`` lists every pair of
+model and plan that still differs, with its difference.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ from tests.zoo import SAMPLES, ZOO, Case
 
 pytestmark = pytest.mark.multidevice
 
+ROOT = Path(__file__).parents[2]
 Totals = dict[tuple[str, int], float]
 Choose = Callable[[LayerKind], Strategy]
 
@@ -51,12 +54,19 @@ PLANS: dict[str, Choose] = {
     "ulysses": first_legal(Strategy(ulysses=2, dp=4)),
 }
 
-COMPARED: dict[str, frozenset[str]] = {
-    "zero 3, dots": frozenset("llama bert t5 vit swin hybrid vmap pure lora".split()) | {"state space"},
-    "sp or tp, remat": frozenset("t5 vit swin hybrid vmap albert".split()) | {"state space"},
-    "ulysses": frozenset("llama bert t5 vit".split()) | {"state space"},
+EXCUSED: dict[tuple[str, str], Totals] = {
+    ("moe ragged", "zero 3, dots"): {("all-gather", 8): 204_800, ("all-reduce", 8): 151_552},
+    ("moe ragged", "sp or tp, remat"): {
+        ("all-gather", 2): 67_584,
+        ("all-gather", 4): 8_192,
+        ("all-reduce", 2): 49_152,
+        ("all-reduce", 4): 90_112,
+        ("collective-permute", 0): 74_752,
+    },
+    ("moe ragged", "ulysses"): {("all-gather", 8): 102_400, ("all-reduce", 8): 167_936},
 }
-"""Models whose collectives are known to be the predicted ones; for the others see docs/collectives.md."""
+"""Bytes by kind and group that are compiled beyond those predicted. A pair that is not here agrees; the table "Excused"
+of docs/collectives.md is this one, with reasons."""
 
 CASES = [pytest.param(name, plan, id=f"{name}-{plan}") for name in ZOO for plan in PLANS]
 
@@ -114,14 +124,31 @@ def test_model_on_eight_devices_computes_the_same_with_the_predicted_collectives
     state, placed = programs.adopt(*rows.apart(*fresh(name))), programs.place_batch(batch)
     gradients: Any = programs.gradients
     compiled = gradients.lower(state, placed).compile()
-    if name in COMPARED[plan_name]:
-        assert compiled_totals(compiled.as_text()) == predicted_totals(plan, analysis)
+    beyond = difference(compiled_totals(compiled.as_text()), predicted_totals(plan, analysis))
+    assert beyond == EXCUSED.get((name, plan_name), {})
     loss, stored = compiled(state, placed)[:2]
     leaves = to_user(programs.model.slots, stored)
     apart = jax.tree.unflatten(jax.tree.structure(rows.parameters), [leaves[i] for i in range(len(leaves))])
     got = (loss, rows.together(apart, rows.apart(*fresh(name))[1])[0])
     for a, b in zip(jax.tree.leaves(on_one_device(name)), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=case(name).tolerance, atol=case(name).tolerance)
+
+
+def test_documentation_lists_the_excused_pairs() -> None:
+    text = (ROOT / "docs" / "collectives.md").read_text()
+    table = text.split("## Excused")[1].split("##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")][2:]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        (f"`{name}`", plan, ", ".join(f"{kind} over {group}: {size:+,.0f}" for (kind, group), size in sizes.items()))
+        for (name, plan), sizes in EXCUSED.items()
+    ]
+    assert all(row[3] for row in rows)
+
+
+def difference(compiled: Totals, predicted: Totals) -> Totals:
+    """Return what is compiled beyond the prediction, where there is a difference."""
+    keys = sorted(compiled.keys() | predicted.keys())
+    return {key: d for key in keys if (d := compiled.get(key, 0.0) - predicted.get(key, 0.0))}
 
 
 def compiled_totals(text: str) -> Totals:
@@ -133,7 +160,10 @@ def compiled_totals(text: str) -> Totals:
 
 
 def predicted_totals(plan: Plan, analysis: Analysis) -> Totals:
-    """The same of the prediction; XLA:CPU reduces over batch and sequence one after the other, not at once."""
+    """The same of the prediction, with two habits of XLA:CPU.
+
+    It reduces over batch and sequence one after the other, not at once; and it gathers what ``top_k`` reads.
+    """
     totals: Totals = defaultdict(float)
     strategies = [strategy for _, strategy in plan.layers()]
     for c in plan_collectives(plan, analysis.profile):
@@ -141,6 +171,11 @@ def predicted_totals(plan: Plan, analysis: Analysis) -> Totals:
         at_once = s.ulysses > 1 and c.group == s.dp * s.ulysses and _sum_kind(c.kind) == "all-reduce"
         for group in (s.dp, s.ulysses) if at_once else (c.group,):
             totals[_sum_kind(c.kind), 0 if c.kind == "collective-permute" else group] += c.bytes
+    for kind, s in plan.layers():
+        layer = analysis.kinds[kind].layer
+        for op in layer.ops:
+            if op.name == "top_k":
+                totals["all-gather", s.dp] += op.inputs[0].bytes * (1 + (s.remat in layer.recomputed_by(op)))
     return dict(totals)
 
 
