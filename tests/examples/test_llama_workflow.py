@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from galvatron_jax.distributed import free_port
 from galvatron_jax.plan import load_plan
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ SCRIPTS = ROOT / "examples" / "llama" / "scripts"
 TIME_LIMIT_S = 240
 
 
-def run(script: str, folder: Path, *arguments: str) -> str:
+def start(script: str, folder: Path, *arguments: str, **variables: str) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -25,20 +26,31 @@ def run(script: str, folder: Path, *arguments: str) -> str:
         "DEVICES": "2",
         "GLOBAL_BATCH": "8",
         "CONFIGS": str(folder / "configs"),
+        **variables,
     }
     environment.pop("XLA_FLAGS", None)  # the number of virtual devices is the script's to choose
-    command = ["bash", str(SCRIPTS / script), *arguments]
-    done = subprocess.run(
-        command,
+    return subprocess.Popen(
+        ["bash", str(SCRIPTS / script), *arguments],
         env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT_S,
-        check=False,
         stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
-    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout + done.stderr
+
+
+def finish(started: subprocess.Popen[str]) -> str:
+    """Wait for a script; return what it said."""
+    try:
+        out, _ = started.communicate(timeout=TIME_LIMIT_S)
+    finally:
+        started.terminate()  # nothing, unless it still runs: then the supervisor ends its processes
+    assert started.returncode == 0, f"{started.args!r}\n{out[-4000:]}"
+    return out
+
+
+def run(script: str, folder: Path, *arguments: str) -> str:
+    return finish(start(script, folder, *arguments))
 
 
 @pytest.mark.slow
@@ -58,8 +70,17 @@ def test_scripts_run_in_order_and_hand_their_files_on(tmp_path: Path) -> None:
     assert plan.hardware.measured
     assert "measured" in run("check_cost_model.sh", tmp_path, "--measure", "--steps", "2")
     folder = tmp_path / "run"
-    run("train_dist.sh", tmp_path, "--set", f'run.folder="{folder}"', "--steps", "3")
+    setting = ("--set", f'run.folder="{folder}"')
+    run("train_dist.sh", tmp_path, *setting, "--steps", "3")
     assert (folder / "metrics.jsonl").read_text().count("\n") >= 3
+    # By ssh to two machines (here: twice this one), as the README says; the run goes on, planned again for them.
+    where = {"GALVATRON_COORDINATOR": f"127.0.0.1:{free_port()}", "GALVATRON_PROCESSES": "2", "DEVICES": "1"}
+    more = (*setting, "--mesh", "2x1", "--steps", "5", "--override-config")
+    machines = [start("train_dist.sh", tmp_path, *more, **where, GALVATRON_PROCESS=str(number)) for number in range(2)]
+    said = [finish(machine) for machine in machines]
+    assert "resumed from step 3" in said[0]
+    assert "now 2x1" in said[0] or "this is 2x1" in said[0]
+    assert "done: step 5" in said[0]
 
 
 def test_every_script_is_shell_that_parses() -> None:

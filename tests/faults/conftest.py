@@ -1,12 +1,14 @@
 """A tiny run on 8 virtual devices, in this process or in one of its own, with faults on purpose.
 
-Every test compiles the same few programs; a cache shared by all of them keeps that short.
+Every test compiles the same few programs; a cache shared by all of them, and by all workers of pytest-xdist, keeps that
+short.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -74,8 +76,12 @@ class Run:
             try:
                 out, err = process.communicate(timeout=timeout_s)
             except subprocess.TimeoutExpired:
-                process.kill()
-                raise
+                process.terminate()  # a supervisor ends its processes
+                try:
+                    out, err = process.communicate(timeout=90)
+                finally:
+                    process.kill()
+                pytest.fail(f"still running after {timeout_s} s\n{out[-2000:]}\n{err[-4000:]}")
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def started(
@@ -135,10 +141,16 @@ class Runs:
         return Run(file, folder, self.cache)
 
 
+def shared_root(factory: pytest.TempPathFactory) -> Path:
+    """The folder of this session that all workers of pytest-xdist have in common."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder of compiled programs, used by this process and those that it starts."""
-    folder = tmp_path_factory.mktemp("compiled")
+    folder = shared_root(tmp_path_factory) / "compiled"
     changes = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
     old = {name: getattr(jax.config, name) for name in changes}
     for name, value in changes.items():
@@ -155,7 +167,12 @@ def runs(tmp_path: Path, compile_cache: Path) -> Runs:
 
 @pytest.fixture(scope="session")
 def control(tmp_path_factory: pytest.TempPathFactory, compile_cache: Path) -> Run:
-    """The run that nothing happens to."""
-    run = Runs(tmp_path_factory.mktemp("control"), compile_cache).new()
-    assert run.here() == 0
+    """The run that nothing happens to; one worker runs it, the others wait for it."""
+    root = shared_root(tmp_path_factory) / "control"
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run = Runs(root, compile_cache).new()
+        assert (root / "done").exists() or run.here() == 0
+        (root / "done").touch()
     return run
