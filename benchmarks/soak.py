@@ -2,17 +2,20 @@
 
     python benchmarks/soak.py --minutes 30
     python benchmarks/soak.py --minutes 3 --processes 1 --devices 8
+    python benchmarks/soak.py --minutes 5 --steps 300 --stages 2        # a pipeline, its stages in different processes
 
 First an undisturbed control run; then the same run under the supervisor while processes are killed (SIGKILL), asked to
 stop (SIGTERM), frozen (SIGSTOP, with several processes: the others' watchdogs must notice), and files of the newest
 checkpoint damaged, at random moments from a seed. When the time is over it is left alone until it ends. Then every
 step's batch, loss and gradient norm must equal the control run's with ``==``, and so must the last checkpoint's arrays.
-Prints one JSON line; exit code 0 when nothing was lost. Choose --steps so that the run lasts longer than --minutes.
+Prints one JSON line (--record keeps it); exit code 0 when nothing was lost. Choose --steps so that the run lasts longer
+than --minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import random
@@ -23,7 +26,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
 import numpy as np
+import orbax.checkpoint
+
+from galvatron_jax.analysis import analyse_model
+from galvatron_jax.cluster import Cluster
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference, save_plan
+from galvatron_jax.train import load_config
+from galvatron_jax.train._build import build_subject
+from galvatron_jax.train._trackers import read_metrics
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -41,6 +55,7 @@ learning_rate = 3e-3
 folder = "{folder}"
 steps = {steps}
 devices = {devices}
+{plan}
 compile_cache = "{cache}"
 [checkpoint]
 every = 20
@@ -68,15 +83,21 @@ def main() -> int:
     code = soaked.wait()
     lost = differences(folder / "control", folder / "soaked") if code == 0 else [f"exit code {code}"]
     result = {
+        "date": datetime.date.today().isoformat(),
+        "load_average": round(os.getloadavg()[0], 1),
         "minutes": round((time.monotonic() - start - control_s) / 60, 1),
         "control_minutes": round(control_s / 60, 1),
         "steps": given.steps,
         "processes": given.processes,
+        "devices_of_each": given.devices,
+        "stages": given.stages,
         "disturbances": disturbances,
         "attempts": (folder / "soaked.log").read_text().count("starting again") + 1,
         "lost": lost,
     }
     print(json.dumps(result))
+    if given.record:
+        Path(given.record).write_text(json.dumps(result, indent=2) + "\n")
     return bool(lost)
 
 
@@ -84,7 +105,10 @@ def launch(given: argparse.Namespace, folder: Path, name: str) -> subprocess.Pop
     """Start one run under the supervisor; its words go to ``NAME.log``."""
     file = folder / f"{name}.toml"
     settings = {"folder": folder / name, "steps": given.steps, "devices": given.devices, "cache": folder / "compiled"}
-    file.write_text(RUN.format(**settings))
+    file.write_text(RUN.format(**settings, plan=""))
+    if given.stages > 1:
+        plan = save_plan(pipeline(file, given), folder / "plan.json")
+        file.write_text(RUN.format(**settings, plan=f'plan = "{plan}"'))
     supervisor = ["-m", "galvatron_jax.train.launch", "--restarts", "10000", "--grace", "10"]
     return subprocess.Popen(
         [sys.executable, *supervisor, "--processes", str(given.processes), str(file)],
@@ -92,6 +116,29 @@ def launch(given: argparse.Namespace, folder: Path, name: str) -> subprocess.Pop
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"},
         stdout=(folder / f"{name}.log").open("wb"),
         stderr=subprocess.STDOUT,
+    )
+
+
+def pipeline(file: Path, given: argparse.Namespace) -> Plan:
+    """Return a plan of equal stages for the model of a run file, data parallel in each."""
+    config = load_config(file)
+    subject, batch, seq = build_subject(config.model), config.data.global_batch or 0, config.data.seq or 0
+    tokens = jax.ShapeDtypeStruct((batch // given.stages, seq), np.int32)
+    profile = analyse_model(subject.build, subject.loss, {"inputs": tokens, "targets": tokens}, name="soak").profile
+    kinds = [run.kind for run in profile.layers for _ in range(run.count)]
+    devices = given.processes * given.devices // given.stages
+    strategy, share = Strategy(dp=devices, zero=1), len(kinds) // given.stages
+    ends = [*(share * (k + 1) for k in range(given.stages - 1)), len(kinds)]
+    parts = [kinds[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return Plan(
+        model=model_reference(profile),
+        cluster=Cluster(nodes=given.processes, gpus_per_node=given.devices, gpu="cpu"),
+        global_batch=batch,
+        microbatches=given.stages,
+        stages=tuple(
+            Stage(devices=devices, runs=tuple(PlanRun(kind=kind, count=1, strategy=strategy) for kind in part))
+            for part in parts
+        ),
     )
 
 
@@ -163,17 +210,11 @@ def differences(control: Path, soaked: Path) -> list[str]:
 
 def trace(folder: Path) -> dict[int, tuple[Any, ...]]:
     """Return (batch, loss, gradient norm) by step, of the last time that each was taken."""
-    from galvatron_jax.train._trackers import read_metrics
-
     return {r["step"]: (r["batch"], r["loss"], r["gradient_norm"]) for r in read_metrics(folder) if "loss" in r}
 
 
 def arrays(folder: Path) -> dict[str, Any]:
     """Return the arrays of the last checkpoint, read onto one device."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import jax
-    import orbax.checkpoint
-
     newest = sorted((folder / "checkpoints").glob("step_????????"))[-1]
     leaves = json.loads((newest / "galvatron.json").read_text())["leaves"]
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -194,6 +235,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=2, help="virtual CPU devices of each process")
     parser.add_argument("--pause", type=float, default=30.0, help="mean seconds between two disturbances, about")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", type=int, default=1, help="of the plan; by default it is searched")
+    parser.add_argument("--record", help="file for the result")
     parser.add_argument("--folder", default="/tmp/galvatron_soak")
     return parser.parse_args()
 
