@@ -90,7 +90,7 @@ def measure_model(
     machine = describe_machine(order.cluster, devices)
     if order.resume and machine.processes > 1:
         raise UnsupportedError("got --resume with several processes", action="measure from the start")
-    provenance = provenance_of(machine, base_profile(order.base, machine).name, clock.today())
+    provenance = provenance_of(machine, base_profile(order.base, machine).device, clock.today())
     subject = order.model.resized(TRACED_SAMPLES)
     analysis = analyse_model(subject.model, subject.loss, subject.batch, name=order.name)
     partial, first, identity = partial_path(order.out), jax.process_index() == 0, model_identity(analysis.profile)
