@@ -69,7 +69,7 @@ class Run:
         *arguments: str,
         faults: list[dict[str, Any]] | None = None,
         launch: tuple[str, ...] | None = None,
-        timeout_s: float = 240,
+        timeout_s: float = 500,
     ) -> subprocess.CompletedProcess[str]:
         """Run in a process of its own (under the supervisor with the flags ``launch``)."""
         with self.started(*arguments, faults=faults, launch=launch) as process:

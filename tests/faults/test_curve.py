@@ -21,7 +21,7 @@ from galvatron_jax.train.data import Loader, open_windows, split_windows
 from tests.faults.conftest import Runs
 from tests.faults.test_resume import other_plan
 
-pytestmark = [pytest.mark.multidevice, pytest.mark.slow]
+pytestmark = [pytest.mark.multidevice, pytest.mark.slow, pytest.mark.timeout(1600)]
 
 STEPS = 200
 LOSS_RTOL = 2e-5
@@ -47,6 +47,7 @@ def test_loss_curve_over_kills_and_plans_is_that_of_one_device(runs: Runs, tmp_p
         assert ("goes on under 1x8 cpu" in ended.stdout) == (number > 0)
     expected = one_device(config)
     found = [run.losses[step] for step in range(1, STEPS + 1)]
+    print(f"largest relative difference {np.max(np.abs(np.divide(found, expected) - 1)):.2g}")
     np.testing.assert_allclose(found, expected, rtol=LOSS_RTOL)
     assert expected[-1] < 0.6 * expected[0]  # it learnt something
 

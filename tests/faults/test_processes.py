@@ -21,7 +21,7 @@ from tests.faults.conftest import REPOSITORY, STEPS, Run, Runs
 from tests.faults.test_numerics import BAD_BATCH, poisoned_run
 from tests.faults.test_resume import other_plan
 
-pytestmark = [pytest.mark.multidevice, pytest.mark.multiprocess]
+pytestmark = [pytest.mark.multidevice, pytest.mark.multiprocess, pytest.mark.timeout(1600)]
 
 LOSS_RTOL = 2e-5
 """Float32 sums in another order: gloo between processes, threads inside one."""
@@ -50,7 +50,6 @@ def test_pipeline_over_processes_survives_a_kill_and_a_sigterm_and_goes_on_under
         *("--plan", str(save_plan(pipeline, tmp_path / "pipeline.json")), "--devices", "2"),
         faults=faults,
         launch=("--restarts", "1", "--processes", "2", "--grace", "5"),
-        timeout_s=500,
     )
     assert ended.returncode == 75, ended.stderr
     assert "the run ended with 137; 1 restarts left" in ended.stderr
@@ -72,7 +71,7 @@ def test_full_disk_and_rollback_are_agreed_upon_by_all_processes(runs: Runs, tmp
         {"kind": "disk_full", "point": "before_save", "step": 3, "rank": 1},
         {"kind": "disk_full", "point": "mid_save", "step": 9, "rank": 0},
     ]
-    ended = run.apart("--devices", "2", faults=faults, launch=("--processes", "2"), timeout_s=400)
+    ended = run.apart("--devices", "2", faults=faults, launch=("--processes", "2"))
     assert ended.returncode == 0, ended.stderr
     for step in (3, 9):
         assert ended.stderr.count(f"checkpoint of step {step} failed") == 2  # both tell it
