@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from galvatron_jax.cluster import parse_cluster
@@ -14,7 +15,7 @@ from galvatron_jax.models import load_model_profile
 from galvatron_jax.plan import Plan, load_plan
 from galvatron_jax.search._cli import main
 from galvatron_jax.search._find import SearchResult, find_plan
-from galvatron_jax.search._proof import MOST_PLANS, Verdict, prove, rejection_lines
+from galvatron_jax.search._proof import MOST_PLANS, Verdict, _rejection, prove, rejection_lines
 
 BUDGET = 2**33
 
@@ -86,6 +87,41 @@ def test_what_cannot_be_compiled_is_refused_before_the_search(
 ) -> None:
     assert main(["--mesh", "1x2", *words, "--verify"]) == 2
     assert "--verify" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--verify", "--profile", "p.json"], "expected --verify-model MODULE:FUNCTION"),
+        (["--verify-model", "mine:llama"], "expected --verify beside it"),
+        (["--verify", "--verify-model", "mine:llama"], "expected --verify and --profile FILE beside it"),
+    ],
+)
+def test_model_to_compile_belongs_to_a_profile(
+    words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--mesh", "1x2", *words]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_stage_of_a_pipeline_that_lacks_most_decides_the_next_budget(first: SearchResult) -> None:
+    """Two stages fail: the next search has room for the worse one, and both are named."""
+    plan = first.plan
+    assert plan.predicted is not None
+    stages = plan.predicted.stages * 2
+    piped = msgspec.structs.replace(plan, predicted=msgspec.structs.replace(plan.predicted, stages=stages))
+    failed = [
+        {
+            "stage": k,
+            "problems": [f"{missing} bytes"],
+            "compiled_allocated_bytes": BUDGET + missing,
+            "budget_bytes": BUDGET,
+        }
+        for k, missing in enumerate((10, 30))
+    ]
+    rejection = _rejection(piped, {"fits": False, "stages": failed})
+    assert rejection.next_budget_bytes == stages[0].peak_bytes - 30
+    assert rejection.problems == ("stage 0: 10 bytes", "stage 1: 30 bytes")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="XLA's GPU compiler is not installed")

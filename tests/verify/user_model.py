@@ -20,6 +20,12 @@ def wide_llama() -> tuple[Any, Any, Any]:
     return model.build, model.loss, model.batch
 
 
+def broad_llama() -> tuple[Any, Any, Any]:
+    """Eight layers of the width of a 7B model, so that products outlast the gathers of their weights."""
+    model = small_llama(embed=4096, mlp=11_008, vocab=512, heads=32, kv_heads=32, layers=8, seq=2048)
+    return model.build, model.loss, model.batch
+
+
 def piped_llama() -> tuple[Any, Any, Any]:
     """Four layers at the width of ``tests.runtime.pipeline.planned``."""
     return _planned("llama")
