@@ -26,8 +26,9 @@ EPILOG = """\
 needs the compiler of jax's CUDA plugin (about 183 MB, no GPU, no CUDA):
   pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION     (VERSION of the installed jaxlib)
 
-limits of this version: presets are compiled without a fused attention kernel, and the estimate shown beside them
-assumes the same; CUDA context and NCCL are the reserve of the hardware profile, not compiled
+limits of this version: attention is compiled without a fused kernel, also where the model asks for cuDNN, and the
+estimate beside it assumes the same; CUDA context and NCCL are the reserve of the hardware profile, not compiled
+(docs/verify.md)
 
 exit status: 0 fits, 3 does not fit, 2 bad plan or model, 4 compiler missing or failed
 """
