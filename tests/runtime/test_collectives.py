@@ -37,6 +37,7 @@ EVERY_PLAN = {
     "degrees change": Case((tp(8), tp(2), dp(), tp(8, remat="full"), tp(4), tp(2))),
     "degrees change, remat": Case((dp(), tp(4, remat="full"), tp(8), dp(remat="full"), tp(2), tp(8, remat="full"))),
     "grouped queries": Case((tp(8), tp(4, remat="full"), dp(), tp(2), tp(4), dp()), kv_heads=4),
+    "a loop among others": Case((dp(), tp(2), tp(2), tp(2), dp(), tp(4))),
     "sp comes and goes": Case((tp(8, sp=True), tp(8, sp=True), tp(2), tp(8, sp=True), tp(4, sp=True), tp(8, sp=True))),
 }
 SLOW_PLANS = {
