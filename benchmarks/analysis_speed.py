@@ -2,8 +2,7 @@
 
 Each depth runs in a process of its own (nothing is cached from the one before). Seconds are CPU seconds of the whole
 analysis, imports left out, so that a busy machine does not change them much; the resident memory is the peak of the
-process, imports included. What grows faster than the depth is flax's: while a model is built under a trace, each draw
-of ``nnx.Rngs`` makes JAX walk all equations so far.
+process, imports included.
 
     python benchmarks/analysis_speed.py 8 16 32 64
 """

@@ -66,12 +66,12 @@ class Layer:
 
     @functools.cached_property
     def stream(self) -> list[Value]:
-        """The activations that enter and leave with a gradient: not masks, tables, keys or scalars."""
+        """The activations that enter and leave with a gradient: not masks, tables, keys or scalars (added losses)."""
         flowing = {id(self.inputs[i]) for i in self.differentiated}
         for op in self.ops:
             if any(id(v) in flowing for v in op.inputs):
                 flowing.update(id(v) for v in op.outputs if "float" in v.dtype)
-        inputs = [self.inputs[i] for i in self.differentiated if i not in self.parameters]
+        inputs = [self.inputs[i] for i in self.differentiated if i not in self.parameters and self.inputs[i].shape]
         return inputs + [v for v in self.outputs if len(v.shape) > 1 and id(v) in flowing]
 
     def contracted(self, op: Op) -> frozenset[int]:

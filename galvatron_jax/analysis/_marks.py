@@ -5,7 +5,8 @@
 
 Linen has a hook for it (``nn.intercept_methods``). NNX has none, so the methods of the classes in the model's graph are
 replaced for the duration of the trace (what ``flax.nnx.tabulate`` does), under a lock, and always put back; calls from
-other threads, and of objects that are not the traced copy, go straight to the original. Calls of
+other threads, and of objects that are not the traced copy, go straight to the original. So are the counters of its
+random streams, for speed. Calls of
 ``jax.nn.dot_product_attention`` are marked the same way, so that the cost model knows where a fused kernel may stand.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax import nnx
 
 from ._read_nnx import PATH_ATTRIBUTE
 
@@ -75,7 +77,12 @@ def marked_calls(classes: Iterable[type]) -> Iterator[Calls]:
     """
     with _LOCK:
         calls = Calls(threading.get_ident())
-        with _nnx_methods(classes, calls), nn.intercept_methods(_linen_interceptor(calls)), _attention(calls):
+        with (
+            _nnx_methods(classes, calls),
+            _cheap_counters(calls),
+            nn.intercept_methods(_linen_interceptor(calls)),
+            _attention(calls),
+        ):
             yield calls
 
 
@@ -108,6 +115,31 @@ def _scoped(original: Callable[..., Any], name: str, calls: Calls) -> Callable[.
             return original(self, *args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def _cheap_counters(calls: Calls) -> Iterator[None]:
+    """Let a draw of ``nnx.Rngs`` cost the same at the end of a long trace as at its beginning.
+
+    A stream counts its draws in place. Flax asks the new and the old count for their shardings, which traced values do
+    not have, and JAX walks all equations so far to say so: quadratic in depth. Here such a count is put in its place
+    at once, which is what flax does after the question.
+    """
+    original = nnx.RngCount.set_value
+
+    def set_value(self: Any, value: Any, **where: Any) -> None:
+        before = self.get_raw_value()
+        traced = isinstance(value, jax.core.Tracer) and isinstance(before, jax.core.Tracer)
+        if traced and where == {"index": ...} and value.aval == before.aval and calls.is_mine():
+            self.set_raw_value(value)
+        else:
+            original(self, value, **where)
+
+    nnx.RngCount.set_value = set_value  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del nnx.RngCount.set_value
 
 
 # --------------------------------------------------------------------------------------------------------------- Linen

@@ -169,7 +169,7 @@ def _sequence_is_free(layer: Layer, seq: int) -> bool:
         return False
     if any(seq in layer.classes(layer.inputs[i]) for i in layer.parameters):
         return False
-    streams = [layer.inputs[i] for i in layer.differentiated if i not in layer.parameters]
+    streams = [layer.inputs[i] for i in layer.differentiated if i not in layer.parameters and layer.inputs[i].shape]
     streams += [v for v in layer.outputs if len(v.shape) > 1 and "float" in v.dtype]
     return all([dim for dim in dimensions.classes(v) if seq in dim] == [[seq]] for v in streams)
 

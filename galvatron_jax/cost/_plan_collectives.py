@@ -112,7 +112,7 @@ class _PlannedLayer:
             ("forward", before, self.strategy),
             ("backward", self.strategy, before),
         )
-        size_bytes = sum(array.local_bytes(self._sizes(), {}) for array in stream_arrays(self.kind))
+        size_bytes = sum(array.local_bytes(self._sizes(), {}) for array in stream_arrays(self.kind) if array.classes)
         for phase, start, end in ways:
             for step in relayout_steps(start, end):
                 yield self._planned(step.kind, "relayout", phase, step.ranks, size_bytes / step.parts)

@@ -133,6 +133,53 @@ def test_vocabulary_is_the_candidate_of_embed_and_head(kind: str, tied: bool) ->
     assert found.flops_share == 1
 
 
+class Tables(nnx.Module):
+    """Words and two types of them, as BERT has."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.words, self.types = nnx.Embed(64, WIDTH, rngs=rngs), nnx.Embed(2, WIDTH, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = self.words(ids) + self.types(ids % 2)
+        for block in self.blocks:
+            x = jnp.tanh(block(x))
+        return jnp.mean(x)
+
+
+def test_a_small_table_does_not_hold_the_vocabulary_to_its_size() -> None:
+    ids = jax.ShapeDtypeStruct((BATCH, SEQ), jnp.int32)
+    analysis = analyse_model(lambda: Tables(rngs=nnx.Rngs(0)), lambda model, ids: model(ids), ids)
+    assert analysis.profile.kind("embed").candidates[0].max_degree == 64
+
+
+class Balanced(nnx.Module):
+    """A perceptron that adds to a loss, as a router does."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        self.up, self.down = nnx.Linear(WIDTH, 2 * WIDTH, rngs=rngs), nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
+
+    def __call__(self, x: jax.Array, loss: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = x + self.down(jnp.tanh(self.up(x)))
+        return y, loss + jnp.mean(jnp.square(y))
+
+
+def test_a_loss_that_is_handed_on_beside_the_stream_leaves_sequence_parallelism_legal() -> None:
+    def build() -> nnx.List[Balanced]:
+        return nnx.List([Balanced(rngs=nnx.Rngs(0)) for _ in range(3)])
+
+    def loss(blocks: nnx.List[Balanced], x: jax.Array) -> jax.Array:
+        total = jnp.zeros(())
+        for block in blocks:
+            x, total = block(x, total)
+        return jnp.mean(x) + total
+
+    analysis = analyse_model(build, loss, jax.ShapeDtypeStruct((BATCH, SEQ, WIDTH), jnp.float32))
+    inner = [kind for kind in analysis.profile.kinds if len(kind.inputs) > 1 and kind.candidates]
+    assert inner
+    assert all(kind.candidates[0].sequence is not None for kind in inner)
+
+
 def test_sharded_vocabulary_reduces_only_tokens_in_the_loss() -> None:
     counts = counted(best(small_llama(), "head").tensor)
     assert counts == {("forward", "all-reduce", ("batch", "seq")): 3, ("backward", "all-reduce", STREAM): 1}

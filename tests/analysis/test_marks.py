@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from galvatron_jax.analysis import Loss
 from galvatron_jax.analysis._jaxpr import inner_programs, open_program, scope_of
-from galvatron_jax.analysis._marks import ATTENTION, MARK
+from galvatron_jax.analysis._marks import ATTENTION, MARK, marked_calls
 from galvatron_jax.analysis._read import read_model
 from galvatron_jax.analysis._read_nnx import PATH_ATTRIBUTE
 from galvatron_jax.analysis._trace import Trace, trace_loss
@@ -76,7 +76,7 @@ def test_cudnn_attention_is_traced_without_a_gpu() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ untouched
 def _originals() -> list[Any]:
-    return [cls.__dict__["__call__"] for cls in CLASSES] + [jax.nn.dot_product_attention]
+    return [*(cls.__dict__["__call__"] for cls in CLASSES), jax.nn.dot_product_attention, nnx.RngCount.set_value]
 
 
 def test_classes_and_functions_are_put_back() -> None:
@@ -121,6 +121,37 @@ def test_concrete_and_abstract_model_give_the_same_program() -> None:
     model = transformers(dropout=0.1)
     concrete = trace_of(model.build(), model.loss, model.batch)
     assert str(concrete.program) == str(trace(model).program)
+
+
+def test_counting_draws_cheaply_changes_no_program() -> None:
+    def build() -> Any:
+        return jax.tree.leaves(nnx.state(transformers(dropout=0.1).build()))
+
+    expected = str(jax.make_jaxpr(build)())
+    with marked_calls(()):
+        assert str(jax.make_jaxpr(build)()) == expected
+
+
+class Mapped(nnx.Module):
+    """Its blocks are whatever a dictionary holds, Linen modules wrapped for NNX."""
+
+    def __init__(self, *, rngs: nnx.Rngs) -> None:
+        one = jnp.zeros((1, 8))
+        self.blocks = nnx.Dict(
+            {name: nnx.bridge.ToNNX(linen.Dense(8), rngs=rngs).lazy_init(one) for name in ("first", "second")}
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for name in self.blocks:
+            x = jnp.tanh(self.blocks[name](x))
+        return x
+
+
+def test_modules_that_read_their_own_attributes_see_no_mark() -> None:
+    traced = trace_of(
+        lambda: Mapped(rngs=nnx.Rngs(0)), lambda model, x: jnp.sum(model(x)), jax.ShapeDtypeStruct((4, 8), jnp.float32)
+    )
+    assert marked_paths(traced) == {"blocks.first", "blocks.second"}
 
 
 def test_two_threads_trace_at_once() -> None:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from galvatron_jax.analysis import analyse_model
+from galvatron_jax.analysis._dimensions import analyse_dimensions
 from galvatron_jax.models import load_model_profile, model_names, model_profile_names
 from galvatron_jax.models._analysed import analyse_preset
 from galvatron_jax.profile import ModelProfile
@@ -17,6 +18,9 @@ from tests.support.small_models import SmallModel, perceptrons, small_llama, tra
 
 QUICK = ("llama-tiny", "llama-100m", "llama2-7b")
 """Presets analysed in each run; the others have more layers."""
+
+DIMENSIONS_LIMIT_S = 0.02
+"""CPU seconds for the dimensions of one layer; 0.005 on an idle machine."""
 
 ANALYSIS_LIMIT_S = 10
 """CPU seconds for the abstract llama2-7b; the goal is 5 on an idle machine (DESIGN, section 10)."""
@@ -63,6 +67,18 @@ def test_abstract_analysis_of_7b_takes_seconds_and_no_parameter_memory() -> None
     assert found.profile.parameter_count == 6_738_415_616
     assert found.cpu_s < ANALYSIS_LIMIT_S
     assert found.memory_kib < MEMORY_LIMIT_KIB
+
+
+def test_dimensions_of_a_layer_take_milliseconds() -> None:
+    model = small_llama()
+    program = analyse_model(model.build, model.loss, model.abstract_batch).kinds["layers.*"].layer.segment.program
+
+    def cpu_s() -> float:
+        start = time.thread_time()
+        analyse_dimensions(program)
+        return time.thread_time() - start
+
+    assert min(cpu_s() for _ in range(5)) < DIMENSIONS_LIMIT_S
 
 
 # ----------------------------------------------------------------------------------------------------------- structure
