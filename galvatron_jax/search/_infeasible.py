@@ -133,7 +133,7 @@ def _least_peak(prices: Prices, candidate: Candidate) -> tuple[float, int]:
 
 def _stage_peaks(prices: Prices, candidate: Candidate, s: int) -> Floats:
     """Least peak of stage ``s`` by (first layer, end)."""
-    in_flight = in_flight_microbatches(SCHEDULE, s, candidate.slices, candidate.microbatches)
+    in_flight = in_flight_microbatches(candidate.schedule, s, candidate.slices, candidate.microbatches)
     thresholds = np.array(sorted({live for kind in prices.kinds for live in kind.live_bytes.tolist()}))
     smallest = np.full((len(prices.kinds), len(thresholds)), np.inf)
     for k, kind in enumerate(prices.kinds):
