@@ -1,6 +1,6 @@
 """How the search grows: over layers, devices, memory budget and kinds of layers.
 
-    python benchmarks/search_growth.py [--limit SECONDS] [--out FOLDER]
+    python benchmarks/search_growth.py [--limit SECONDS] [--sweep NAME] [--out FOLDER]
 
 Every problem runs in a fresh process, cold, and reports processor seconds (of that process alone, so that other work on
 the machine counts little), wall seconds and peak memory. Writes ``search_growth_<date>.md`` and ``.json`` beside this
@@ -42,13 +42,18 @@ class Case(NamedTuple):
     mesh: str
     memory: float
     """Share of the GPU's default budget."""
+    repeats: int = 1
+    """How often the runs of all kinds follow each other."""
 
 
 CASES = (
-    *(Case("layers", "llama3-8b", n, 1, "4x8", 1.0) for n in (16, 32, 64, 128, 256)),
+    *(Case("layers", "llama3-8b", n, 1, "4x8", 1.0) for n in (16, 32, 64, 128, 256, 512)),
     *(Case("devices", "llama2-7b", 32, 1, mesh, 1.0) for mesh in ("1x2", "1x4", "2x8", "8x8", "32x8", "128x8")),
     *(Case("memory", "llama3-8b", 32, 1, "2x8", share) for share in (0.3, 0.45, 0.6, 0.8, 1.0)),
     *(Case("kinds", "llama3-8b", 32, n, "4x8", 1.0) for n in (1, 2, 4, 8)),
+    Case("mixed", "llama3-8b", 1000, 2, "128x8", 1.0, 4),
+    Case("mixed", "llama3-8b", 1000, 2, "128x8", 1.0, 500),
+    Case("mixed", "llama3-8b", 1000, 5, "128x8", 1.0, 5),
     *(Case("named", model, 0, 1, mesh, 1.0) for model, mesh in (("llama2-7b", "2x8"), ("llama3-70b", "64x8"))),
 )
 
@@ -65,7 +70,8 @@ def model_of(case: Case) -> ModelProfile:
         )
         for i in range(case.kinds)
     ]
-    runs = [LayerRun(kind=kind.name, count=case.layers // case.kinds) for kind in blocks]
+    count = case.layers // case.kinds // case.repeats
+    runs = [LayerRun(kind=kind.name, count=count) for kind in blocks * case.repeats]
     ends = LayerRun(kind=embed.name, count=1), LayerRun(kind=head.name, count=1)
     return msgspec.structs.replace(model, layers=(ends[0], *runs, ends[1]), kinds=(embed, *blocks, head))
 
@@ -107,7 +113,7 @@ def in_fresh_process(case: Case, limit_s: float) -> dict[str, object]:
 
 def as_markdown(rows: list[dict[str, object]], date: str) -> str:
     """Return the result file."""
-    columns = ["sweep", "model", "layers", "kinds", "mesh", "memory", "processor_s", "wall_s", "peak_mib"]
+    columns = ["sweep", "model", "layers", "kinds", "repeats", "mesh", "memory", "processor_s", "wall_s", "peak_mib"]
     columns += ["candidates", "solved", "optimal", "gap", "schedule"]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     lines = [
@@ -130,13 +136,14 @@ def main() -> None:
     """Run every case and write the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--limit", type=float, default=60.0, metavar="SECONDS", help="time limit of one search")
+    parser.add_argument("--sweep", help="only this one")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         sys.stdout.write(json.dumps(measure(Case(*json.loads(options.one)), options.limit)))
         return
-    rows = [in_fresh_process(case, options.limit) for case in CASES]
+    rows = [in_fresh_process(case, options.limit) for case in CASES if options.sweep in (None, case.sweep)]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     (options.out / f"search_growth_{date}.json").write_text(json.dumps(rows, indent=1) + "\n")
     (options.out / f"search_growth_{date}.md").write_text(as_markdown(rows, date))

@@ -142,7 +142,8 @@ def proof_line(result: SearchResult) -> Line:
         verdict = Piece("best estimate within the smaller budget; faster ones do not fit as compiled", "yellow")
         return labelled("proof", verdict, f" · {result.search_s:.1f} s")
     if certificate.optimal:
-        verdict = Piece("optimal in the stated space", "green")
+        even = " (interleaved stages: of even cuts)" if result.plan.schedule == "interleaved-1f1b" else ""
+        verdict = Piece(f"optimal in the stated space{even}", "green")
     else:
         verdict = Piece(f"within {certificate.gap:.2%} of the optimum (stopped early)", "yellow")
     counts = f" · {result.solved} of {result.candidates} combinations of batch, microbatches and stages solved, bounds"
