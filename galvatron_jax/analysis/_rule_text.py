@@ -6,7 +6,8 @@ a dimension that must not be sharded, ``(h d)`` for one made of two index spaces
 dimension tells it: ``(h d=64)``. Words after ``sums`` are added up: a sharded one leaves partial results, which are
 reduced: ``"m k, k n -> m n sums k"``.
 
-``custom_partitioning`` calls carry such a rule for Shardy (``SdyShardingRule``): it is read here too.
+``custom_partitioning`` calls carry such a rule for Shardy (``SdyShardingRule``, or a function that returns one): it is
+read here too.
 """
 
 from __future__ import annotations
@@ -57,12 +58,21 @@ def parse_rule(text: str) -> RuleText:
     return RuleText(operands, results, frozenset(sums.split()), sizes)
 
 
-def shardy_rule(rule: Any) -> RuleText | None:
-    """Return a Shardy rule as ours; None when it is of another form (a function, or without a fixed rank)."""
+def shardy_rule(rule: Any, call: Rule) -> RuleText | None:
+    """Return the Shardy rule that a ``custom_partitioning`` call carries as ours, None when it is of another form.
+
+    A function of the call's static arguments and shapes is asked; one that also wants a mesh says nothing here. A rule
+    for any rank (cuDNN attention: it names query and value only) says too little to be one of ours.
+    """
+    if callable(rule):
+        try:
+            rule = rule(*call.params.get("static_args", ()), None, call.inputs, call.results)
+        except Exception:  # the user's own code, which may want what only XLA knows
+            return None
     if not hasattr(rule, "operand_mappings"):
         return None
     operands, results = (tuple(map(_mapped, maps)) for maps in (rule.operand_mappings, rule.result_mappings))
-    if any("…" in words for pattern in (*operands, *results) for words in pattern):
+    if any(word.startswith("…") for pattern in (*operands, *results) for words in pattern for word in words):
         return None
     whole = {*rule.need_replication_factors, *rule.permutation_factors}
     return RuleText(operands, results, frozenset(rule.reduction_factors), dict(rule.factor_sizes), frozenset(whole))

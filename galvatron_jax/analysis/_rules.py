@@ -237,7 +237,7 @@ def register_rule_text(name: str, text: str) -> None:
 @register_rule("custom_partitioning")
 def _custom_partitioning(rule: Rule) -> list[list[Dim]]:
     """The Shardy rule that the call carries; without one, what it calls."""
-    written = shardy_rule(rule.params.get("sharding_rule"))
+    written = shardy_rule(rule.params.get("sharding_rule"), rule)
     if written is not None:
         return rule_function(written)(rule)
     return [value.dims for value in rule.walk.run_inner(rule.params["call"], rule.inputs, rule.op.times)]

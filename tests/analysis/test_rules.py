@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas
-from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.custom_partitioning import ArrayMapping, SdyShardingRule, custom_partitioning
 
 from galvatron_jax.analysis import Rule, register_rule, register_rule_text
 from galvatron_jax.analysis._dimensions import RULES
@@ -252,18 +252,40 @@ def test_rule_without_an_arrow_says_what_is_expected() -> None:
         register_rule_text("mine", "a b c")
 
 
-def test_rule_that_a_custom_partitioning_call_carries_is_read() -> None:
+def custom_mix(rule: Any, **factors: Any) -> Callable[..., Any]:
+    """Return a kernel of two matrices that carries ``rule``."""
+
     @custom_partitioning
     def mix(x: jax.Array, y: jax.Array) -> Any:
         return call_kernel_of_two(x, y)
 
-    mix.def_partition(
-        partition=lambda *_: None,
-        infer_sharding_from_operands=lambda *_: None,
-        sharding_rule="a b, c b -> a b",
-        need_replication_factors=("c",),
-    )
+    nothing = dict.fromkeys(("partition", "infer_sharding_from_operands"), lambda *_: None)
+    mix.def_partition(**nothing, sharding_rule=rule, **factors)
+    return mix
+
+
+def mixing_rule(_mesh: Any, operands: Any, results: Any) -> SdyShardingRule:
+    assert [len(v.shape) for v in (*operands, *results)] == [2, 2, 2]
+    row, other = ArrayMapping("a", "b"), ArrayMapping("c", "b")
+    return SdyShardingRule((row, other), (row,), need_replication_factors=("c",))
+
+
+def rule_that_needs_a_mesh(mesh: Any, _operands: Any, _results: Any) -> str:
+    return " ".join(mesh.axis_names)
+
+
+def test_rule_that_a_custom_partitioning_call_carries_is_read() -> None:
+    mix = custom_mix("a b, c b -> a b", need_replication_factors=("c",))
     assert describe(mix, (4, 6), (4, 6)) == "ab,cb->ab whole c"
+
+
+def test_rule_that_is_a_function_of_shapes_is_asked() -> None:
+    assert describe(custom_mix(mixing_rule), (4, 6), (4, 6)) == "ab,cb->ab whole c"
+
+
+@pytest.mark.parametrize("rule", [rule_that_needs_a_mesh, "...a, ...b -> ...a"])
+def test_rule_that_says_too_little_blocks_as_an_unknown_kernel_does(rule: Any) -> None:
+    assert describe(custom_mix(rule), (4, 6), (4, 6)) == describe(call_kernel_of_two, (4, 6), (4, 6))
 
 
 def test_operations_that_need_a_class_whole_are_named() -> None:
