@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ def plan_shardings(
     differently, the sharding is that of the first row. Parameters of a pipelined plan live on the mesh of the first
     stage that reads them.
 
+    A fused projection ``[embed, 3 * heads * head_dim]`` under tensor parallelism is stored ``[embed, 3, heads *
+    head_dim]`` by the runtime, heads over the tensor axes; a sharding of the user's shape cannot say that. Those axes
+    are on another dimension here (as many bytes on each device, but XLA gathers the array in your step), with a
+    warning that names the parameters.
+
     Args:
         plan: The plan or its file.
         model: As for ``auto_shard``; only shapes are needed.
@@ -55,10 +61,14 @@ def plan_shardings(
     size = plan.stages[0].devices
     meshes = [stage_mesh(plan.cluster, devices[k * size : (k + 1) * size]) for k in range(plan.slices)]
     places: dict[int, NamedSharding] = {}
+    moved: list[str] = []
     for stage in plan_stages(analysis, plan, [meshes[k % plan.slices] for k in range(len(plan.stages))]):
         for slot in stage.slots:
             for leaf in slot.leaves:
-                places.setdefault(leaf, slot.leaf_sharding(role))
+                places.setdefault(leaf, slot.user_sharding(role))
+            moved += [analysis.trace.paths[leaf] for leaf in slot.leaves] if slot.is_moved(role) else []
+    if moved:
+        _warn(sorted(set(moved)))
     trace = analysis.trace
     by_row = jax.tree.unflatten(jax.tree.structure(trace.parameters), [places[i] for i in range(len(places))])
     structure: Any = jax.tree.structure(trace.model.parameters)
@@ -67,6 +77,16 @@ def plan_shardings(
         _of_stack(part, trace.rows.stacks[i].axis) if i in trace.rows.stacks else part for i, part in enumerate(parts)
     ]
     return jax.tree.unflatten(structure, whole)
+
+
+def _warn(paths: Sequence[str]) -> None:
+    some = f"{', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}"
+    warnings.warn(
+        f"{some}: {len(paths)} fused parameters are sharded by class in the runtime, in a shape of its own; a sharding"
+        " of your shape cannot say that, so a step under these gathers them (ShardedModel.step does not)",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _of_stack(rows: Sequence[NamedSharding], axis: int) -> NamedSharding:

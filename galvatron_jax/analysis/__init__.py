@@ -20,6 +20,7 @@ from ._kind import AnalysedKind as AnalysedKind
 from ._local import LocalLayer as LocalLayer
 from ._local import local_layer as local_layer
 from ._primitives import ELEMENTWISE as ELEMENTWISE
+from ._primitives import REDUCTIONS as REDUCTIONS
 from ._primitives import is_batched as is_batched
 from ._primitives import is_kept as is_kept
 from ._primitives import is_kernel_name as is_kernel_name

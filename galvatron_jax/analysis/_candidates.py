@@ -141,13 +141,19 @@ def _parameter_classes(layer: Layer) -> set[int]:
 
 
 def _minor_classes(layer: Layer, factored: bool) -> set[int]:
-    """Classes that are a minor part of a parameter's dimension; if ``factored``, not those behind blocked factors."""
+    """Classes that are a minor part of a parameter's dimension.
+
+    If ``factored``, not those behind factors that cannot be sharded anyway: blocked, or needed whole (indexed).
+    """
+    whole = _needed_whole(layer)
+
+    def is_skipped(factor: int) -> bool:
+        return factored and (layer.dimensions.factors.is_blocked(factor) or factor in whole)
+
     found: set[int] = set()
     for index in layer.parameters:
         for dim in layer.dimensions.classes(layer.inputs[index]):
-            first = 0
-            while factored and first < len(dim) and layer.dimensions.factors.is_blocked(dim[first]):
-                first += 1
+            first = next((position for position, factor in enumerate(dim) if not is_skipped(factor)), len(dim))
             found.update(dim[first + 1 :])
     return found
 

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Literal
 
+from ._candidates import stream_classes
 from ._cut import Segment
 from ._dimensions import Value
 from ._factors import Dim
 from ._flatten import Equation, Variable
 from ._jaxpr import run_equation, scope_name
-from ._layer import Layer
+from ._layer import Layer, phase_of
 from ._primitives import ELEMENTWISE
 
 Shape = tuple[int, ...]
@@ -59,6 +60,35 @@ def factor(layer: Layer, classes: frozenset[int]) -> Segment | None:
     except _NotFactorableError:
         return None
     return dataclasses.replace(layer.segment, program=program)
+
+
+def undivided_fusions(layer: Layer) -> list[int]:
+    """Return the parameters (by position) that hold several projections in a form that cannot be sharded by class.
+
+    Their parts differ in width (queries, keys and values of grouped attention in one product), or an operation between
+    the product and the cut has no factored form. Tensor parallelism leaves them whole.
+    """
+    factors = layer.dimensions.factors
+    stream = stream_classes(layer)
+    cut = {
+        f
+        for op in layer.ops
+        if op.name in ("slice", "split") and phase_of(op) == "forward" and all(v.shape[-1] > 1 for v in op.outputs)
+        for _, dim in op.gathered
+        for f in factors.resolve(dim)
+        if f not in stream and not factors.is_blocked(f)
+    }
+    return [
+        position
+        for position, index in enumerate(layer.parameters)
+        for dims in [layer.dimensions.classes(layer.inputs[index])]
+        if any(_is_behind_parts(layer, dim) or not cut.isdisjoint(dim) for dim in dims)
+    ]
+
+
+def _is_behind_parts(layer: Layer, dim: Dim) -> bool:
+    is_blocked = layer.dimensions.factors.is_blocked
+    return len(dim) > 1 and is_blocked(dim[0]) and not all(map(is_blocked, dim))
 
 
 class _Split:

@@ -38,6 +38,16 @@ class AnalysedKind:
     stored_shapes: tuple[tuple[int, ...], ...]
     """Shape in which the state keeps each parameter, a reshape of the user's: another one only in the factored form."""
 
+    @property
+    def is_factored(self) -> bool:
+        """Tell whether some parameter is stored in another shape than the user's."""
+        return self.user_shapes != self.stored_shapes
+
+    @property
+    def user_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of each parameter as the user has it."""
+        return tuple(tuple(self.layer.segment.inputs[i].aval.shape) for i in self.layer.parameters)
+
     @functools.cached_property
     def stream_classes(self) -> frozenset[int]:
         """Classes of the values that flow from layer to layer."""
@@ -51,7 +61,7 @@ def analyse_kind(
     given: Given,
     sampled_outputs: Sequence[int] = (),
     *,
-    factored: bool = False,
+    factored: bool = True,
 ) -> AnalysedKind:
     """Analyse one layer kind.
 
@@ -110,8 +120,17 @@ def _factored(layer: Layer, sets: list[ClassSet], batched: Samples) -> tuple[Lay
     segment = factor(layer, wanted.classes)
     if segment is None:
         return layer, sets
-    layer = analyse_layer(segment, layer.parameters, layer.differentiated, batched)
-    return layer, class_sets(layer)
+    stored = analyse_layer(segment, layer.parameters, layer.differentiated, batched)
+    stored.dimensions.factors.block(_part_factors(layer, stored))
+    return stored, class_sets(stored)
+
+
+def _part_factors(layer: Layer, stored: Layer) -> set[int]:
+    """Return what stands before the classes in split parameters: it numbers parts, and was blocked in the flat form."""
+    pairs = [(layer.inputs[i], stored.inputs[i]) for i in layer.parameters]
+    split = {f for flat, value in pairs if flat.shape != value.shape for f in stored.classes(value)}
+    whole = {f for op in stored.ops for _, dim in op.gathered for f in stored.dimensions.factors.resolve(dim)}
+    return split & whole
 
 
 def _candidate(layer: Layer, found: ClassSet, quantities: Quantities, seq: int | None) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,11 +77,12 @@ def analyse_model(
         layers=layers,
     )
     trace = dataclasses.replace(trace, rows=Rows.of(read, cut.source.stacks))
-    kinds = _analyse_kinds(trace, cut)
+    kinds = _analyse_kinds(trace, cut, frozenset())
     return Analysis(trace, cut, kinds, _profile(name or read.name, source, trace, cut, kinds))
 
 
-def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
+def _analyse_kinds(trace: Trace, cut: Cut, flat: frozenset[str]) -> dict[str, AnalysedKind]:
+    """Analyse each kind; those named in ``flat`` in the user's shapes."""
     paths = parameter_paths(trace, cut)
     trained = trained_variables(cut, set(paths))
     differentiated = _positions(cut, trained)
@@ -89,10 +90,16 @@ def _analyse_kinds(trace: Trace, cut: Cut) -> dict[str, AnalysedKind]:
     kinds: dict[str, AnalysedKind] = {}
     for segment in cut.segments:
         if segment.kind not in kinds:
-            kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names)
+            factored = segment.kind not in flat
+            kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names, factored=factored)
         _hand_down(segment, kinds[segment.kind], names)
     for segment, outputs in _late_samples(cut, kinds):
-        kinds[segment.kind] = _analyse_kind(segment, paths, differentiated[segment.kind], names, outputs)
+        factored = segment.kind not in flat
+        kinds[segment.kind] = _analyse_kind(
+            segment, paths, differentiated[segment.kind], names, outputs, factored=factored
+        )
+    if disputed := _disputed(cut, kinds):
+        return _analyse_kinds(trace, cut, flat | disputed)
     crossings = find_crossings(cut, len(trace.has_samples))
     return {name: _placed(kind, cut, crossings, set(paths)) for name, kind in kinds.items()}
 
@@ -120,6 +127,22 @@ def _late_samples(cut: Cut, kinds: dict[str, AnalysedKind]) -> list[tuple[Segmen
 
 def _is_batch_first(kind: AnalysedKind, value: Value) -> bool:
     return bool(value.dims) and [kind.names.get(f) for f in kind.layer.dimensions.classes(value)[0]] == [BATCH]
+
+
+def _disputed(cut: Cut, kinds: Mapping[str, AnalysedKind]) -> frozenset[str]:
+    """Return the kinds that would store a parameter in another shape than a kind that reads it too."""
+    shapes: dict[Variable, dict[str, tuple[int, ...]]] = {}
+    for segment in cut.segments:
+        kind = kinds[segment.kind]
+        for index, shape in zip(kind.layer.parameters, kind.stored_shapes, strict=True):
+            shapes.setdefault(segment.inputs[index], {})[segment.kind] = shape
+    return frozenset(
+        name
+        for variable, by_kind in shapes.items()
+        if len(set(by_kind.values())) > 1
+        for name, shape in by_kind.items()
+        if shape != variable.aval.shape
+    )
 
 
 def _placed(kind: AnalysedKind, cut: Cut, crossings: Crossings, parameters: set[Variable]) -> AnalysedKind:
@@ -151,10 +174,12 @@ def _analyse_kind(
     differentiated: list[int],
     names: VariableNames,
     sampled_outputs: Sequence[int] = (),
+    *,
+    factored: bool,
 ) -> AnalysedKind:
     parameters = {i: _inner_path(paths[v], segment) for i, v in enumerate(segment.inputs) if v in paths}
     given = {i: names[v] for i, v in enumerate(segment.inputs) if v in names and i not in parameters}
-    return analyse_kind(segment, parameters, differentiated, given, sampled_outputs)
+    return analyse_kind(segment, parameters, differentiated, given, sampled_outputs, factored=factored)
 
 
 def _profile(name: str, source: str, trace: Trace, cut: Cut, kinds: dict[str, AnalysedKind]) -> ModelProfile:

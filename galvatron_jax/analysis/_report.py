@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from .._text import Line, Piece, clean, labelled, table
 from ..profile import Array, Boundary, Collective, LayerKind, Parameter, Phase
 from ..units import MIB, format_count
+from ._factored import undivided_fusions
+from ._kind import AnalysedKind
 from ._profile import Analysis
 
 _MOST_PARAMETERS = 16
@@ -97,9 +99,14 @@ def _kind(kind: LayerKind, analysis: Analysis) -> list[Line]:
     where = "" if layers == [kind.name] else f" · {_names(layers)}"
     sizes = ", ".join(f"{name} {size}" for name, size in kind.classes.items())
     lines: list[Line] = [(Piece(clean(kind.name), "bold"), Piece(clean(where))), _labelled("classes", sizes)]
-    lines += _parameters(kind)
+    lines += _parameters(kind, analysis.kinds[kind.name])
     lines += [_values("takes", kind.inputs, kind), _values("gives", kind.outputs, kind)]
     lines += _sharding(kind)
+    if whole := [kind.parameters[p].path for p in undivided_fusions(analysis.kinds[kind.name].layer)]:
+        text = (
+            f"{clean(', '.join(whole))}: projections fused in parts that cannot be sharded by class (of unequal width?)"
+        )
+        lines.append(_labelled("whole", Piece(text, "yellow"), "; a product for each part can"))
     unknown = analysis.kinds[kind.name].layer.dimensions.unknown
     if unknown:
         names = ", ".join(f"{clean(name)} ×{count}" for name, count in unknown.items())
@@ -107,16 +114,20 @@ def _kind(kind: LayerKind, analysis: Analysis) -> list[Line]:
     return lines
 
 
-def _parameters(kind: LayerKind) -> list[Line]:
+def _parameters(kind: LayerKind, analysed: AnalysedKind) -> list[Line]:
+    notes = ["tied: a layer before holds it" if p.tied else "" for p in kind.parameters]
+    for position, shape in enumerate(analysed.user_shapes):
+        if shape != analysed.stored_shapes[position]:
+            notes[position] = f"stored so, yours is {list(shape)}"
     rows = [
         [
             clean(p.path),
             _shape(p),
             p.dtype if p.dtype == p.compute_dtype else f"{p.dtype}, read as {p.compute_dtype}",
             f"{_elements(p, kind):,}",
-            "tied: a layer before holds it" if p.tied else "",
+            note,
         ]
-        for p in kind.parameters[:_MOST_PARAMETERS]
+        for p, note in zip(kind.parameters[:_MOST_PARAMETERS], notes, strict=False)
     ]
     rest = len(kind.parameters) - _MOST_PARAMETERS
     lines = table(["parameter", "shape", "dtype", "elements", ""], rows, left=3) if rows else []

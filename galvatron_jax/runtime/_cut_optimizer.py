@@ -32,6 +32,8 @@ from jax.extend.core import Literal
 from ..analysis import Equation, Program, Variable, flatten, is_call, run_equation
 from ..errors import UnsupportedError
 from ._guard import StepMetrics, guarded, step_metrics
+from ._restate import restate
+from ._view import View
 
 LOSS = -1
 """Owner of the loss: no parameter, the last stage."""
@@ -49,6 +51,8 @@ class CutOptimizer:
     optimizer: optax.GradientTransformation
     parameters: Any
     """The user's parameters, abstract."""
+    views: Mapping[int, View] = dataclasses.field(default_factory=dict)
+    """Of the parameters that are stored in another shape than the user's, by position."""
 
     @functools.cached_property
     def state(self) -> Any:
@@ -75,6 +79,13 @@ class CutOptimizer:
         """Positions of the state leaves that every stage keeps."""
         return [i for i, owner in enumerate(self.state_owners) if owner is None]
 
+    @functools.cached_property
+    def state_views(self) -> tuple[View | None, ...]:
+        """How each leaf of the state is stored: as its parameter is, where it has its shape (None: as it is)."""
+        found = [None if owner is None else self.views.get(owner) for owner in self.state_owners]
+        leaves = jax.tree.leaves(self.state)
+        return tuple(v if v and leaf.shape == v.user else None for v, leaf in zip(found, leaves, strict=True))
+
     # ------------------------------------------------------------------------------------------------------- the cut
     @functools.cached_property
     def program(self) -> Program:
@@ -91,7 +102,11 @@ class CutOptimizer:
             after = jax.tree.leaves(optax.apply_updates(tree, updates)), jax.tree.leaves(new)
             return *guarded(metrics.finite, after, (parameters, state)), metrics
 
-        return flatten(jax.make_jaxpr(update)(leaves, state, leaves, jax.ShapeDtypeStruct((), jnp.float32)), is_call)
+        loss = jax.ShapeDtypeStruct((), jnp.float32)
+        program = flatten(jax.make_jaxpr(update)(leaves, state, leaves, loss), is_call)
+        weights = [self.views.get(i) for i in range(len(leaves))]
+        results = [*weights, *self.state_views]
+        return restate(program, [*results, *weights, None], [*results, *[None] * len(StepMetrics._fields)])
 
     @functools.cached_property
     def cut(self) -> Cut:

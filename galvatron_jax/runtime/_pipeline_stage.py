@@ -132,10 +132,10 @@ class PipelineStage:
         """Where the parameters and optimizer leaves that ``to_user`` returns live."""
         cut, whole = self.optimizer.cut, self.model.mesh.replicated
         leaves, shapes = jax.tree.leaves(cut.state), [p.shape for p in jax.tree.leaves(cut.parameters)]
-        parameters = {leaf: slot.leaf_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}
+        parameters = {leaf: slot.user_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}
         optimizer = dict.fromkeys(cut.shared_state, whole)
         for group in self.optimizer.groups:
-            place = self.model.slots[group.slot].leaf_sharding("optimizer")
+            place = self.model.slots[group.slot].user_sharding("optimizer")
             for leaf in group.leaves:
                 optimizer |= {i: place if leaves[i].shape == shapes[leaf] else whole for i in cut.owned_state(leaf)}
         return parameters, optimizer

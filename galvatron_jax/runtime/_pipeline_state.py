@@ -177,7 +177,9 @@ class PipelineStates:
         found = {}
         for tie in self._ties:
             place, leaf = weight_place(models, tie), parameters[tie.leaf]
-            sent = in_turn([jax.jit(lambda x: x, out_shardings=place)(leaf)]) if is_here(place) else None
+            owner = models[tie.owner].slots[tie.owner_slot]
+            stored = jax.jit(functools.partial(owner.to_stored, role="parameter"), out_shardings=place)
+            sent = in_turn([stored(leaf)]) if is_here(place) else None
             arrived = self._wiring.tied_weights[tie].send(sent)
             if arrived is not None:
                 found[tie.mirror, tie.leaf] = arrived[0]

@@ -130,7 +130,8 @@ def plan_pipeline(
     slices = tuple(stage_mesh(plan.cluster, devices[s * count : (s + 1) * count]) for s in range(plan.slices))
     meshes = [slices[k % plan.slices] for k in range(len(plan.stages))]
     models = plan_stages(analysis, plan, meshes, reduces_in_float32=reduces_in_float32)
-    cut, ties = CutOptimizer(optimizer, analysis.trace.parameters), tuple(find_ties(models))
+    views = {leaf: s.view for model in models for s in model.slots if s.view for leaf in s.leaves}
+    cut, ties = CutOptimizer(optimizer, analysis.trace.parameters, views), tuple(find_ties(models))
     stages = tuple(_stage(k, models, cut, ties, plan.microbatches) for k in range(len(models)))
     return PlannedPipeline(analysis, plan, slices, models, cut, ties, stages)
 

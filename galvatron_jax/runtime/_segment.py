@@ -195,7 +195,9 @@ def _is_partial(layout: LayerLayout, equation: Equation) -> bool:
 
 def _constrain(layout: LayerLayout, primitive: str, result: Any, value: Value, *, inside: bool, partial: bool) -> Any:
     stream = layout.strategy.sp and layout.is_stream(value)
-    if not result.ndim or not (is_kernel_name(primitive) or (stream and primitive in _STREAM_PRIMITIVES)):
+    # What is cut out of a fused projection: else XLA may hand the sequence sharding of the stream on to its cotangent.
+    part = primitive == "slice" and layout.kind.is_factored
+    if not result.ndim or not (is_kernel_name(primitive) or part or (stream and primitive in _STREAM_PRIMITIVES)):
         return result
     if stream and partial:
         # Summed over the vocabulary first, sharded along the sequence after: else XLA shards the indices along it.

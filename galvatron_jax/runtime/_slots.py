@@ -1,8 +1,9 @@
 """Slots: the arrays in which a stage stores parameters, their gradients and their optimizer state.
 
-A layer of its own has a slot per parameter, of the user's shape. A run of layers has one slot for each parameter of the
-layer, of shape [layers, ...]: the loop over layers reads its rows, and nothing is stacked or copied inside a step. What
-the user sees (checkpoints, ``model``) is the user's own tree: ``to_user`` and ``to_stored`` go between the two.
+A layer of its own has a slot per parameter. A run of layers has one slot for each parameter of the layer, of shape
+[layers, ...]: the loop over layers reads its rows, and nothing is stacked or copied inside a step. A fused projection
+may be stored in another shape than the user's (``_view``). What the user sees (checkpoints, ``model``) is the user's
+own tree: ``to_user`` and ``to_stored`` go between the two.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..analysis import Variable
 from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
 from ._runs import Run
+from ._view import View
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Slot:
     """Of the first layer that reads it; None when no layer does."""
     position: int
     """Which of that layer's parameters it is."""
+    view: View | None = None
+    """The shape of a single layer's part, where it is not stored in the user's."""
 
     def sharding(self, role: Role) -> NamedSharding:
         """Return where the array (its gradient, its optimizer moments) lives."""
@@ -40,8 +44,37 @@ class Slot:
         return self.mesh.sharding(PartitionSpec(None, *place.spec)) if self.is_stacked else place
 
     def leaf_sharding(self, role: Role) -> NamedSharding:
-        """Return where a single layer's part of the array lives, in the user's shape."""
+        """Return where a single layer's part of the array lives, in the shape in which it is stored."""
         return self.mesh.replicated if self.layout is None else self.layout.stored(self.position, role)
+
+    def user_sharding(self, role: Role) -> NamedSharding:
+        """Return where a single layer's part lives in the user's shape."""
+        if self.view is None:
+            return self.leaf_sharding(role)
+        return self.mesh.sharding(self.view.of_user(self._moved(self.view, role).spec))
+
+    def is_moved(self, role: Role) -> bool:
+        """Tell whether the user's shape cannot be sharded as the array is stored."""
+        return self.view is not None and self._moved(self.view, role) != self.leaf_sharding(role)
+
+    def to_stored(self, leaf: Any, role: Role) -> Any:
+        """Return a single layer's part as it is stored, from one of the user's shape."""
+        if self.view is None:
+            return leaf
+        return jax.lax.with_sharding_constraint(jnp.reshape(leaf, self.view.stored), self._moved(self.view, role))
+
+    def to_user(self, row: Any, role: Role) -> Any:
+        """Return a single layer's part in the user's shape."""
+        if self.view is None:
+            return row
+        return jnp.reshape(jax.lax.with_sharding_constraint(row, self._moved(self.view, role)), self.view.user)
+
+    def stored_shape(self, leaf: Any) -> tuple[int, ...]:
+        """Return the shape in which a single layer's part is stored; ``leaf`` is the user's, of the same shape."""
+        return tuple(leaf.shape) if self.view is None else self.view.stored
+
+    def _moved(self, view: View, role: Role) -> NamedSharding:
+        return self.mesh.sharding(view.moved(self.leaf_sharding(role).spec, self.mesh.size))
 
 
 Leaves = Mapping[int, Any] | Sequence[Any]
@@ -65,18 +98,22 @@ def make_slots(
         for position, index in enumerate(run.layout.kind.layer.parameters):
             leaves = tuple(leaf_of[segment.inputs[index]] for segment in run.segments)
             stacked = run.is_scanned and run.feeds[index].source == "stacked"
-            found.setdefault(leaves[0], Slot(leaves if stacked else leaves[:1], stacked, mesh, run.layout, position))
+            view = _view(variables[leaves[0]].aval.shape, run.layout.kind.stored_shapes[position])
+            slot = Slot(leaves if stacked else leaves[:1], stacked, mesh, run.layout, position, view)
+            found.setdefault(leaves[0], slot)
     placed = {leaf for slot in found.values() for leaf in slot.leaves}
     found |= {leaf: Slot((leaf,), False, mesh, None, 0) for leaf in held if leaf not in placed}
     return tuple(found[leaf] for leaf in sorted(found))
 
 
+def _view(user: tuple[int, ...], stored: tuple[int, ...]) -> View | None:
+    return None if user == stored else View(user, stored)
+
+
 def to_stored(slots: Sequence[Slot], leaves: Leaves) -> list[Any]:
     """Return the stored arrays of ``slots`` from the user's leaves (by position); runs under ``jax.jit``."""
-    return [
-        jnp.stack([leaves[leaf] for leaf in slot.leaves]) if slot.is_stacked else leaves[slot.leaves[0]]
-        for slot in slots
-    ]
+    rows = [[slot.to_stored(leaves[leaf], "parameter") for leaf in slot.leaves] for slot in slots]
+    return [jnp.stack(row) if slot.is_stacked else row[0] for slot, row in zip(slots, rows, strict=True)]
 
 
 def to_user(slots: Sequence[Slot], arrays: Sequence[Any]) -> dict[int, Any]:
@@ -84,7 +121,7 @@ def to_user(slots: Sequence[Slot], arrays: Sequence[Any]) -> dict[int, Any]:
     found: dict[int, Any] = {}
     for slot, array in zip(slots, arrays, strict=True):
         rows = [array[row] for row in range(len(slot.leaves))] if slot.is_stacked else [array]
-        found.update(zip(slot.leaves, rows, strict=True))
+        found.update(zip(slot.leaves, [slot.to_user(row, "parameter") for row in rows], strict=True))
     return found
 
 
@@ -93,6 +130,7 @@ def abstract_stored(slots: Sequence[Slot], leaves: Sequence[Any], role: Role) ->
     made = []
     for slot in slots:
         leaf = leaves[slot.leaves[0]]
-        shape = (len(slot.leaves), *leaf.shape) if slot.is_stacked else leaf.shape
+        row = slot.stored_shape(leaf)
+        shape = (len(slot.leaves), *row) if slot.is_stacked else row
         made.append(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=slot.sharding(role)))
     return made

@@ -89,7 +89,8 @@ class StageOptimizer:
         """Return (arrays of each group, shared arrays) from all leaves of an optax state; runs under ``jax.jit``."""
         owned = []
         for group in self.groups:
-            columns = zip(*[[leaves[i] for i in self.cut.owned_state(leaf)] for leaf in group.leaves], strict=True)
+            rows = [[self._stored(group, i, leaves[i]) for i in self.cut.owned_state(leaf)] for leaf in group.leaves]
+            columns = zip(*rows, strict=True)
             owned.append([jnp.stack(column) if group.stacked else column[0] for column in columns])
         return OptimizerState(owned, [leaves[i] for i in self.cut.shared_state])
 
@@ -99,8 +100,15 @@ class StageOptimizer:
         for group, arrays in zip(self.groups, state.owned, strict=True):
             for row, leaf in enumerate(group.leaves):
                 parts = [array[row] if group.stacked else array for array in arrays]
-                found.update(zip(self.cut.owned_state(leaf), parts, strict=True))
+                for i, part in zip(self.cut.owned_state(leaf), parts, strict=True):
+                    seen = self.cut.state_views[i] is not None
+                    found[i] = self.slots[group.slot].to_user(part, "optimizer") if seen else part
         return found
+
+    def _stored(self, group: Group, position: int, leaf: Any) -> Any:
+        """Return a leaf of the optax state as it is stored."""
+        seen = self.cut.state_views[position] is not None
+        return self.slots[group.slot].to_stored(leaf, "optimizer") if seen else leaf
 
     # ------------------------------------------------------------------------------------------------------- updates
     def exports(self, number: int, inputs: Inputs, known: Values) -> jax.Array:

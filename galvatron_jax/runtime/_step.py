@@ -81,7 +81,7 @@ class StagePrograms:
     def abstract_neutral_state(self) -> TrainState:
         """Shape, dtype and place of each leaf of the neutral state: where the plan keeps it, layer by layer."""
         stored, trace = self.abstract_state, self.model.share.analysis.trace
-        places = {leaf: slot.leaf_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}
+        places = {leaf: slot.user_sharding("parameter") for slot in self.model.slots for leaf in slot.leaves}
         leaves, structure = jax.tree.flatten(trace.parameters)
         placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[i]) for i, x in enumerate(leaves)]
         return stored._replace(
@@ -261,8 +261,11 @@ class StagePrograms:
 
 def _stored_copy(slot: Slot, leaves: Sequence[Any]) -> jax.Array:
     """Return one stored array with the values of the user's ``leaves``; slot by slot: two copies never add up."""
-    parts = [adopt_leaf(leaf, slot.leaf_sharding("parameter")) for leaf in leaves]
-    if not slot.is_stacked:
+    parts = [adopt_leaf(leaf, slot.user_sharding("parameter")) for leaf in leaves]
+    if not slot.is_stacked and slot.view is None:
         return parts[0]
-    stacked: jax.Array = jax.jit(lambda parts: jnp.stack(parts), out_shardings=slot.sharding("parameter"))(parts)
-    return stacked
+    places = slot.sharding("parameter")
+    stored: jax.Array = jax.jit(
+        lambda parts: to_stored([slot], dict(zip(slot.leaves, parts, strict=True)))[0], out_shardings=places
+    )(parts)
+    return stored

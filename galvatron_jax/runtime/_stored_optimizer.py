@@ -19,21 +19,50 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..analysis import flatten, is_call
 from ._lanes import Group, LaneProgram, merge_lanes
+from ._restate import restate
 from ._slots import Slot
+from ._view import View
 
 
 class _StateGroup(NamedTuple):
     """Leaves of the optax state that are stored as one array."""
 
     group: Group
-    place: NamedSharding
-    """Of one leaf."""
+    slot: Slot | None
+    """The parameter whose shape (and place) they have; None for others, which stand whole on every device."""
+    whole: NamedSharding
+
+    def stored(self, leaf: Any) -> jax.ShapeDtypeStruct:
+        """Return shape, dtype and place of the array; ``leaf`` is one of the leaves, in the user's shape."""
+        shape, place = tuple(leaf.shape), self.whole
+        if self.slot is not None:
+            shape, place = self.slot.stored_shape(leaf), self.slot.leaf_sharding("optimizer")
+        if self.group.is_stacked:
+            shape = (len(self.group.positions), *shape)
+            place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
 
     @property
-    def sharding(self) -> NamedSharding:
-        if not self.group.is_stacked:
-            return self.place
-        return NamedSharding(self.place.mesh, PartitionSpec(None, *self.place.spec))
+    def user_place(self) -> NamedSharding:
+        """Where one leaf lives in the user's shape."""
+        return self.whole if self.slot is None else self.slot.user_sharding("optimizer")
+
+    @property
+    def view(self) -> View | None:
+        return None if self.slot is None else self.slot.view
+
+    def to_user(self, row: Any) -> Any:
+        return row if self.slot is None else self.slot.to_user(row, "optimizer")
+
+    def to_stored(self, leaf: Any) -> Any:
+        return leaf if self.slot is None else self.slot.to_stored(leaf, "optimizer")
+
+
+class _Stored(NamedTuple):
+    """Leaves of a tree that are stored as one array, and the view through which each of them is."""
+
+    group: Group
+    view: View | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,36 +89,30 @@ class StoredOptimizer:
     def to_user(self, state: Sequence[Any]) -> Any:
         """Return the optax state over the user's own tree."""
         leaves: dict[int, Any] = {}
-        for (group, _), array in zip(self._groups, state, strict=True):
+        for stored, array in zip(self._groups, state, strict=True):
+            group = stored.group
             rows = [array[row] for row in range(len(group.positions))] if group.is_stacked else [array]
-            leaves.update(zip(group.positions, rows, strict=True))
+            leaves.update(zip(group.positions, map(stored.to_user, rows), strict=True))
         return jax.tree.unflatten(jax.tree.structure(self._user_state), [leaves[i] for i in range(len(leaves))])
 
     def to_stored(self, state: Any) -> list[Any]:
         """Return the stored form of an optax state over the user's own tree."""
         leaves = jax.tree.leaves(state)
-        return [
-            jnp.stack([leaves[i] for i in group.positions]) if group.is_stacked else leaves[group.positions[0]]
-            for group, _ in self._groups
-        ]
+        rows = [[stored.to_stored(leaves[i]) for i in stored.group.positions] for stored in self._groups]
+        return [jnp.stack(r) if s.group.is_stacked else r[0] for s, r in zip(self._groups, rows, strict=True)]
 
     # -------------------------------------------------------------------------------------------------------- places
     @functools.cached_property
     def abstract_state(self) -> list[jax.ShapeDtypeStruct]:
         """Shape, dtype and place of each stored array."""
         leaves = jax.tree.leaves(self._user_state)
-        made = []
-        for stored in self._groups:
-            leaf, count = leaves[stored.group.positions[0]], len(stored.group.positions)
-            shape = (count, *leaf.shape) if stored.group.is_stacked else leaf.shape
-            made.append(jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=stored.sharding))
-        return made
+        return [stored.stored(leaves[stored.group.positions[0]]) for stored in self._groups]
 
     @functools.cached_property
     def abstract_user_state(self) -> Any:
         """Shape, dtype and place of each leaf of the optax state over the user's own tree."""
         leaves, structure = jax.tree.flatten(self._user_state)
-        places = {position: stored.place for stored in self._groups for position in stored.group.positions}
+        places = {position: stored.user_place for stored in self._groups for position in stored.group.positions}
         placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places[i]) for i, x in enumerate(leaves)]
         return jax.tree.unflatten(structure, placed)
 
@@ -100,7 +123,7 @@ class StoredOptimizer:
 
     @functools.cached_property
     def _init(self) -> LaneProgram:
-        return self._merged(self.optimizer.init, [self.parameters], [self._stored_as()], [self._state_groups()])
+        return self._merged(self.optimizer.init, [self.parameters], [self._weights], [self._states])
 
     @functools.cached_property
     def _update(self) -> LaneProgram:
@@ -108,39 +131,42 @@ class StoredOptimizer:
             updates, state = self.optimizer.update(gradients, state, parameters)
             return optax.apply_updates(parameters, updates), state
 
-        tree, state = self._stored_as(), self._state_groups()
+        tree, state = self._weights, self._states
         return self._merged(
             step, [self.parameters, self._user_state, self.parameters], [tree, state, tree], [tree, state]
         )
 
     @staticmethod
     def _merged(
-        function: Callable[..., Any], trees: list[Any], inputs: list[list[Group]], outputs: list[list[Group]]
+        function: Callable[..., Any], trees: list[Any], inputs: list[list[_Stored]], outputs: list[list[_Stored]]
     ) -> LaneProgram:
         program = flatten(jax.make_jaxpr(function)(*trees), is_call)
+        program = restate(program, _views(inputs), _views(outputs))
         return merge_lanes(program, _in_turn(inputs), _in_turn(outputs))
 
     # -------------------------------------------------------------------------------------------------------- groups
-    def _stored_as(self) -> list[Group]:
-        return [Group(slot.leaves, slot.is_stacked) for slot in self.slots]
+    @property
+    def _weights(self) -> list[_Stored]:
+        return [_Stored(Group(slot.leaves, slot.is_stacked), slot.view) for slot in self.slots]
 
-    def _state_groups(self) -> list[Group]:
-        return [stored.group for stored in self._groups]
+    @property
+    def _states(self) -> list[_Stored]:
+        return [_Stored(stored.group, stored.view) for stored in self._groups]
 
     @functools.cached_property
     def _groups(self) -> list[_StateGroup]:
         """Leaves of the optax state as they are stored, ordered by their first position."""
         leaves = [leaf for _, leaf in jax.tree_util.tree_flatten_with_path(self._user_state)[0]]
         found: dict[int, _StateGroup] = {}
+        whole = self.slots[0].mesh.replicated
         for slot, positions in self._owned():
             alike = len({(leaves[p].shape, str(leaves[p].dtype)) for p in positions}) == 1
-            if slot.is_stacked and alike and len(positions) == len(slot.leaves):
-                found[positions[0]] = _StateGroup(Group(positions, True), self._place(slot, leaves[positions[0]]))
-            else:
-                found |= {p: _StateGroup(Group((p,), False), self._place(slot, leaves[p])) for p in positions}
+            together = slot.is_stacked and alike and len(positions) == len(slot.leaves)
+            for group in [Group(positions, True)] if together else [Group((p,), False) for p in positions]:
+                like = slot if self._is_like(slot, leaves[group.positions[0]]) else None
+                found[group.positions[0]] = _StateGroup(group, like, whole)
         grouped = {p for stored in found.values() for p in stored.group.positions}
-        whole = self.slots[0].mesh.replicated
-        found |= {p: _StateGroup(Group((p,), False), whole) for p in range(len(leaves)) if p not in grouped}
+        found |= {p: _StateGroup(Group((p,), False), None, whole) for p in range(len(leaves)) if p not in grouped}
         return [found[p] for p in sorted(found)]
 
     def _owned(self) -> list[tuple[Slot, tuple[int, ...]]]:
@@ -160,10 +186,9 @@ class StoredOptimizer:
             if (held := tuple(copy[leaf] for leaf in slot.leaves if leaf in copy))
         ]
 
-    def _place(self, slot: Slot, leaf: Any) -> NamedSharding:
+    def _is_like(self, slot: Slot, leaf: Any) -> bool:
         """A moment of the parameter's shape lives where zero 1 says; anything else (factored moments) is whole."""
-        shape = jax.tree.leaves(self.parameters)[slot.leaves[0]].shape
-        return slot.leaf_sharding("optimizer") if leaf.shape == shape else slot.mesh.replicated
+        return bool(leaf.shape == jax.tree.leaves(self.parameters)[slot.leaves[0]].shape)
 
 
 def owner(path: Sequence[Any], parameters: Mapping[tuple[Any, ...], int]) -> tuple[tuple[Any, ...], int] | None:
@@ -174,10 +199,16 @@ def owner(path: Sequence[Any], parameters: Mapping[tuple[Any, ...], int]) -> tup
     return None
 
 
-def _in_turn(parts: Sequence[Sequence[Group]]) -> list[Group]:
+def _in_turn(parts: Sequence[Sequence[_Stored]]) -> list[Group]:
     """Return the groups of several trees, numbered as the leaves of all of them one after another."""
     shifted, start = [], 0
     for part in parts:
-        shifted += [Group(tuple(start + p for p in group.positions), group.is_stacked) for group in part]
-        start += sum(len(group.positions) for group in part)
+        shifted += [Group(tuple(start + p for p in group.positions), group.is_stacked) for group, _ in part]
+        start += sum(len(group.positions) for group, _ in part)
     return shifted
+
+
+def _views(parts: Sequence[Sequence[_Stored]]) -> list[View | None]:
+    """Return the view of each leaf of several trees, one after another."""
+    by_tree = [{position: view for group, view in part for position in group.positions} for part in parts]
+    return [views[position] for views in by_tree for position in sorted(views)]

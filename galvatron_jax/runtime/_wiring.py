@@ -97,4 +97,5 @@ def _slot(models: Sequence[StageModel], stage: int, position: int) -> Slot:
 
 def _leaf(models: Sequence[StageModel], tie: Tie, place: NamedSharding) -> Any:
     leaf = jax.tree.leaves(models[0].share.analysis.trace.parameters)[tie.leaf]
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    shape = _slot(models, tie.owner, tie.owner_slot).stored_shape(leaf)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)

@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from galvatron_jax.analysis import AnalysedKind, analyse_model
+from galvatron_jax._text import plain
+from galvatron_jax.analysis import AnalysedKind, analyse_model, analysis_lines
 from galvatron_jax.analysis._candidates import class_sets, sequence_parallel, tensor_parallel
+from galvatron_jax.analysis._factored import undivided_fusions
 from galvatron_jax.profile import Candidate, Collective
+from tests.support.fused_models import CUTS, FusedBlock, fused, unequal
 from tests.support.small_models import (
     BATCH,
     SEQ,
-    SMALL_MODELS,
     WIDTH,
     SmallModel,
     perceptrons,
@@ -209,11 +211,54 @@ def test_heads_equal_to_positions_stay_apart() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ not legal
-def test_minor_class_of_a_fused_weight_is_not_offered() -> None:
-    found = kind_of(SMALL_MODELS["fused qkv"](), "blocks.*")
-    kernel = next(p for p in found.profile.parameters if p.path == "qkv.kernel")
-    assert kernel.dims == (("embed",), (3, "heads", "group"))
-    assert not found.profile.candidates
+@pytest.mark.parametrize("cut", CUTS)
+def test_fused_projections_are_stored_with_a_dimension_for_their_parts(cut: str) -> None:
+    found = kind_of(fused(cut, layers=2, batch=4), "blocks.*")
+    dims = {p.path: p.dims for p in found.profile.parameters}
+    assert dims["qkv.kernel"] == (("embed",), (3,), ("heads", "group"))
+    assert dims["qkv.bias"] == ((3,), ("heads", "group"))
+    assert dims["gate_up.kernel"] == (("embed",), (2,), ("mlp",))
+    assert dims["down.kernel"] == (("mlp",), ("embed",)), "what loses nothing is stored as it is"
+    assert set(found.profile.candidates[0].classes) == {"heads", "mlp"}
+    assert found.profile.candidates[0].flops_share == pytest.approx(1)
+    assert found.profile.candidates[0].sequence is not None
+    assert found.profile.ulysses is not None
+    assert not undivided_fusions(found.layer)
+
+
+def test_parts_of_unequal_width_are_named_and_the_rest_is_offered() -> None:
+    """Grouped queries, keys and values in one product: tp divides the perceptron alone."""
+    model = unequal(batch=4)
+    analysis = analyse_model(model.build, model.loss, model.abstract_batch)
+    found = analysis.kinds["blocks.*"]
+    assert not found.is_factored
+    assert found.profile.candidates[0].classes == ("mlp",)
+    assert [found.profile.parameters[p].path for p in undivided_fusions(found.layer)] == ["qkv.kernel"]
+    assert "qkv.kernel: projections fused in parts that cannot be sharded" in plain(analysis_lines(analysis))
+
+
+def test_a_table_that_another_kind_reads_flat_is_stored_flat() -> None:
+    """The second block reads the first one's fused kernel whole too: both must keep it in one shape."""
+
+    class Reader(nnx.Module):
+        def __init__(self, block: FusedBlock) -> None:
+            self.block = block
+            self.first = nnx.List([FusedBlock("split", rngs=nnx.Rngs(i)) for i in (1, 2)])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = self.block(x)
+            for block in self.first:
+                x = block(x)
+            return x + jnp.mean(jnp.cumsum(self.block.qkv.kernel[...], axis=1))
+
+    model = regression(lambda: Reader(FusedBlock("split", rngs=nnx.Rngs(0))), BATCH, SEQ, 32)
+    analysis = analyse_model(model.build, model.loss, model.abstract_batch)
+    shapes: dict[int, set[tuple[int, ...]]] = {}
+    for segment in analysis.cut.segments:
+        kind = analysis.kinds[segment.kind]
+        for index, shape in zip(kind.layer.parameters, kind.stored_shapes, strict=True):
+            shapes.setdefault(id(segment.inputs[index]), set()).add(shape)
+    assert all(len(found) == 1 for found in shapes.values())
 
 
 def test_recurrent_width_is_not_offered() -> None:

@@ -11,11 +11,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from optax.contrib import _muon
 
 from galvatron_jax.analysis import flatten, is_call
 from galvatron_jax.runtime import Slot, StageMesh
 from galvatron_jax.runtime._slots import to_stored, to_user
 from galvatron_jax.runtime._stored_optimizer import StoredOptimizer
+from galvatron_jax.runtime._view import View
 
 pytestmark = pytest.mark.multidevice
 
@@ -33,11 +35,13 @@ def tree(seed: int, count: int = LAYERS) -> Tree:
     return {"embed": jnp.asarray(draw(size=(12, 6)), jnp.float32), "layers": layers, "z": jnp.ones((3, 4))}
 
 
-def slots(count: int = LAYERS) -> tuple[Slot, ...]:
-    """Leaves are embed, then (scale, w) of each layer, then z."""
+def slots(count: int = LAYERS, *, viewed: bool = False) -> tuple[Slot, ...]:
+    """Leaves are embed, then (scale, w) of each layer, then z; if ``viewed``, embed and w have other shapes."""
     mesh = StageMesh(Mesh(np.array(jax.devices()[:1]), ("g0",)))
     scales, matrices = tuple(range(1, 2 * count, 2)), tuple(range(2, 2 * count + 1, 2))
-    return tuple(Slot(leaves, len(leaves) > 1, mesh, None, 0) for leaves in ((0,), scales, matrices, (2 * count + 1,)))
+    views = (View((12, 6), (3, 4, 6)), None, View((6, 8), (6, 2, 4)), None) if viewed else (None,) * 4
+    leaves = ((0,), scales, matrices, (2 * count + 1,))
+    return tuple(Slot(own, len(own) > 1, mesh, None, 0, view) for own, view in zip(leaves, views, strict=True))
 
 
 def decays(parameters: Tree) -> Tree:
@@ -59,6 +63,11 @@ def flat_sgd() -> optax.GradientTransformation:
     return optax.flatten(optax.sgd(0.1, momentum=0.9))
 
 
+def _matrices(parameters: Tree) -> Tree:
+    mask: Tree = jax.tree.map(lambda leaf: leaf.ndim == 2, parameters)
+    return mask
+
+
 TRANSFORMATIONS = {
     "adamw": optax.adamw(1e-2),
     "adamw, masked by path": optax.adamw(1e-2, weight_decay=0.1, mask=decays),
@@ -72,14 +81,23 @@ TRANSFORMATIONS = {
     "flattened": flat_sgd(),
     "schedule": optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 10)),
 }
+VIEWED = {
+    "adamw, masked by path": TRANSFORMATIONS["adamw, masked by path"],
+    "decay by number of dimensions": optax.adamw(1e-2, weight_decay=0.1, mask=_matrices),
+    "muon": _muon.muon(1e-2),
+    **{name: TRANSFORMATIONS[name] for name in ("lamb", "adafactor", "noise", "every second step", "flattened")},
+}
+"""Over arrays that are stored in other shapes than the user's."""
 MERGED = ["adamw", "lamb", "adafactor", "clipped by the global norm", "two rates", "clipped by block", "schedule"]
 """Those that treat all layers alike: their programs must not grow with the number of layers."""
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
-def test_stored_arrays_see_what_the_user_s_tree_sees(name: str) -> None:
-    transformation, parameters = TRANSFORMATIONS[name], tree(0)
-    stored = StoredOptimizer(transformation, jax.eval_shape(lambda: parameters), slots())
+@pytest.mark.parametrize(
+    ("name", "viewed"), [*((name, False) for name in TRANSFORMATIONS), *((name, True) for name in VIEWED)]
+)
+def test_stored_arrays_see_what_the_user_s_tree_sees(name: str, viewed: bool) -> None:
+    transformation, parameters = (VIEWED if viewed else TRANSFORMATIONS)[name], tree(0)
+    stored = StoredOptimizer(transformation, jax.eval_shape(lambda: parameters), slots(viewed=viewed))
     arrays = to_stored(stored.slots, dict(enumerate(jax.tree.leaves(parameters))))
     state, expected = stored.init(arrays), transformation.init(parameters)
     assert [(x.shape, x.dtype) for x in state] == [(x.shape, x.dtype) for x in stored.abstract_state]
@@ -109,6 +127,17 @@ def test_state_goes_to_the_user_s_structure_and_back() -> None:
 @pytest.mark.parametrize("name", MERGED)
 def test_alike_layers_cost_one_equation_however_many_they_are(name: str) -> None:
     assert equations(name, 4) == equations(name, 9)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "clipped by the global norm"])
+def test_elementwise_rules_and_norms_see_stored_arrays_only(name: str) -> None:
+    """No equation of the update reshapes an array that is stored in another shape."""
+    stored = StoredOptimizer(TRANSFORMATIONS[name], jax.eval_shape(lambda: tree(0)), slots(viewed=True))
+    weights = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((3, 4, 6), (LAYERS, 8), (LAYERS, 6, 2, 4), (3, 4))]
+    program = jax.make_jaxpr(stored.update)(weights, stored.abstract_state, weights)
+    avals: list[Any] = [e.inputs[0].aval for e in flatten(program, is_call).equations if e.name == "reshape"]
+    reshaped = [aval.size for aval in avals]
+    assert max(reshaped, default=0) <= LAYERS, "scalars of each layer at most"
 
 
 def equations(name: str, layers: int) -> int:

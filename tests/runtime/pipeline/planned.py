@@ -21,6 +21,7 @@ from galvatron_jax.analysis import Analysis, analyse_model
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import Plan, PlanRun, ScheduleName, Stage, Strategy, check_plan, model_reference
 from galvatron_jax.runtime import PipelinePrograms
+from tests.support.fused_models import fused, shared
 from tests.support.small_models import SmallModel, small_llama, transformers
 from tests.zoo import ZOO
 
@@ -49,6 +50,10 @@ def model_of(name: str) -> SmallModel:
         return llama()
     if name == "llama, tied":
         return llama(tied=True)
+    if name == "fused":
+        return fused(layers=3, batch=BATCH)
+    if name == "fused, shared":
+        return shared(layers=2, batch=BATCH)
     if name == "dropout":
         small = transformers(count=4, dropout=0.25)
         return SmallModel(small.build, small.loss, np.tile(small.batch, (4, 1, 1)))
