@@ -113,23 +113,23 @@ def test_what_a_killed_owner_left_is_cleaned(tmp_path: Path) -> None:
     ]
 
 
+CALM = 0.5
+"""Load average below which a clock says something: the nodes take both cores of a machine that has two."""
+
+
 @needs_nodes
 @pytest.mark.slow
 def test_plans_far_apart_are_predicted_in_the_order_of_the_clock(tmp_path: Path) -> None:
     """Profile, predict, run, compare; errors are reported by the benchmark, only clear orders are asserted here."""
+    if (load := os.getloadavg()[0]) > CALM:
+        pytest.skip(f"step times need a calm machine: load average {load:.1f}, at most {CALM} wanted")
     command = [sys.executable, "-m", "benchmarks.emulated_cluster", "--rate", "20mbit", "--rounds", "2"]
-    flags = [
-        "--plans",
-        "dp4,tp4,pp2 dp2 in 2",
-        "--profile-s",
-        "60",
-        "--out",
-        str(tmp_path),
-        "--logs",
-        str(tmp_path / "l"),
-    ]
-    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    command += ["--plans", "dp4,tp4,pp2 dp2 in 2", "--profile-s", "100", "--limit-s", "400"]
+    command += ["--out", str(tmp_path), "--logs", str(tmp_path / "logs")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stderr
+    if "not measured within" in done.stderr:
+        pytest.skip(f"the machine was too busy for the profilers: {done.stderr[-500:]}")
     shown = [line.split("  ")[0].strip() or line.split()[0] for line in done.stdout.splitlines()[1:4]]
     assert shown[0].startswith("pp2"), done.stdout
     assert "regret of the pick 0.0%" in done.stdout, done.stdout
