@@ -114,19 +114,11 @@ def find_plan(
     )
     split = split_layers(problem)
     engine = Engine(split.problem, batches, _poll(start, time_limit_s, watch))
-    outcome, plan = search(engine)
-    if plan is None:
-        if outcome.stopped:
-            raise GalvatronError(
-                "the search was stopped before it had a plan",
-                action="give it more time, or less to search: --max-tp, --no-pp, --space, --pin",
-            )
-        raise explain_infeasible(engine)
+    outcome, plan = _search_or_explain(engine)
+    unruled = Engine(split.given, batches) if limits.rules else engine
     return SearchResult(
         plan=split.restore(plan),
-        baselines=price_baselines(
-            Engine(split.given, batches) if limits.rules else engine, LAST_EFFORT_S if outcome.stopped else inf
-        ),
+        baselines=price_baselines(unruled, LAST_EFFORT_S if outcome.stopped else inf),
         global_batches=batches,
         candidates=outcome.candidates,
         solved=outcome.solved,
@@ -134,6 +126,19 @@ def find_plan(
         search_s=time.monotonic() - start,
         split=split,
     )
+
+
+def _search_or_explain(engine: Engine) -> tuple[Outcome, Plan]:
+    """Run the engine; raise what explains why there is no plan."""
+    outcome, plan = search(engine)
+    if plan is not None:
+        return outcome, plan
+    if outcome.stopped:
+        raise GalvatronError(
+            "the search was stopped before it had a plan",
+            action="give it more time, or less to search: --max-tp, --no-pp, --space, --pin",
+        )
+    raise explain_infeasible(engine)
 
 
 def best_plan(
