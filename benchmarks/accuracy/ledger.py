@@ -7,6 +7,7 @@ Estimates are made anew with the present analysis and cost model; records hold f
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -31,6 +32,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 MEDIAN_GOAL, WORST_GOAL, BYTES_GOAL = 0.03, 0.08, 0.01
 """Of the memory estimate (median, worst), and of the bytes of collectives."""
 
+PAIR = 2
+"""Group of a permute, as programs list it."""
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 
@@ -97,7 +100,7 @@ def _rows(
     predicted: Iterable[PlannedCollective], compiled: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, int, float, float]]:
     """Bytes by kind and group; a partitioner may spell a reduce-scatter as an all-reduce and a slice."""
-    predicted = list(predicted)
+    predicted = [dataclasses.replace(p, group=PAIR) if p.kind == "collective-permute" else p for p in predicted]
     keys = {(_family(p.kind), p.group) for p in predicted} | {(_family(r["kind"]), r["group_size"]) for r in compiled}
     for kind, size in sorted(keys):
         planned = sum(p.bytes for p in predicted if (_family(p.kind), p.group) == (kind, size))

@@ -26,6 +26,9 @@ Assumption = Literal["hidden", "exposed", "both", ""]
 _HIDDEN_CAUSES = frozenset(("weights", "gradient"))
 """What ``cost`` lets run beside compute (``cost._overlap``)."""
 
+PAIR = 2
+"""Group of a permute: programs list it as pairs, however many devices it goes round."""
+
 BETWEEN = ""
 """Layer kind of what belongs to no layer: changes of layout between layers, and the optimizer."""
 
@@ -90,7 +93,7 @@ def compare_collectives(
         segments: Kind of each layer by its name.
     """
     found = [(_key(c, devices), _share(c, segments)) for c in compiled if _key(c, devices)[1] > 1]
-    foreseen = [((p.kind, p.group), p) for p in predicted]
+    foreseen = [((p.kind, PAIR if p.kind == "collective-permute" else p.group), p) for p in predicted]
     keys = {key for key, _ in found} | {key for key, _ in foreseen}
     rows = [
         CollectiveRow(

@@ -104,3 +104,8 @@ def test_instruction_without_groups_is_of_all_devices() -> None:
 
 def test_collective_of_one_device_is_left_out() -> None:
     assert compare([scheduled(HloCollective("all-reduce", 4, ("f32",), ((0,), (1,)), False, ""))], []) == ()
+
+
+def test_permute_is_of_pairs_however_many_devices_it_goes_round() -> None:
+    (row,) = compare([compiled("collective-permute", 10)], [planned("collective-permute", 1, 10, group=4)])
+    assert (row.group_size, row.predicted_bytes, row.compiled_bytes) == (2, 10, 10)
