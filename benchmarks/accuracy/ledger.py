@@ -26,6 +26,7 @@ from galvatron_jax.units import GIB
 
 from .compile import record_path
 from .emulated import emulated_lines, read_runs
+from .measured import MeasuredLine, measured_line, measured_section
 from .plans import CASES, PIPELINES, Case, plan_of, profile_of, random_cases
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -49,6 +50,8 @@ class Line:
     rematerialised: int
     collectives: tuple[tuple[str, int, float, float], ...]
     """(kind, group size, predicted bytes, compiled bytes), reductions together."""
+    measured: MeasuredLine | None
+    """The estimate with memory tables, where the model has some."""
 
     @property
     def estimated_peak(self) -> int:
@@ -86,13 +89,16 @@ def _lines(name: str, case: Case, record: dict[str, Any]) -> Iterator[Line]:
     stage_of = [s for s, stage in enumerate(plan.stages) for _ in range(stage.layer_count)]
     for number, part in enumerate(record.get("stages", [record])):
         mine = [p for p in predicted if stage_of[p.layer] % plan.slices == number]
+        title = name if plan.slices == 1 else f"{name}: slice {number}"
+        memory = estimate.stages[number].memory
         yield Line(
-            name=name if plan.slices == 1 else f"{name}: slice {number}",
+            name=title,
             fitted=case.fitted,
-            estimate=estimate.stages[number].memory,
+            estimate=memory,
             compiled=part["compiled"],
             rematerialised=part["rematerialised_by_xla"],
             collectives=tuple(_rows(mine, part["collectives"])),
+            measured=measured_line(title, case, number, sum(memory.values()), part["compiled"]["peak"]),
         )
 
 
@@ -150,6 +156,7 @@ def ledger_text(lines: Sequence[Line]) -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
             *[_memory_row(line) for line in lines],
             "",
+            *measured_section([line.measured for line in lines if line.measured]),
             "## Collectives",
             "",
             f"Bytes of one step by kind and group size; goal: each within {BYTES_GOAL:.0%} of the plan's bytes.",

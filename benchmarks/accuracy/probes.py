@@ -33,7 +33,7 @@ from galvatron_jax.profilers._memory_probe import MemoryLog, MemoryReading, Prob
 from galvatron_jax.profilers._memory_process import ProbeProcess
 from galvatron_jax.profilers._memory_readings import ProbeProgress, read_probes
 
-from .plans import CLUSTER, Case, profile_of
+from .plans import CLUSTER, profile_of
 
 RECORDS = Path(__file__).parents[1] / "records" / "memory_probes"
 
@@ -89,12 +89,6 @@ def measured_profile(model: str) -> ModelProfile | None:
     )
     found = assemble_memory(profile_of(probed), log.readings, _session(probed), hardware(), provenance).profile
     return profile_of(model).with_memory({kind.name: kind.memory for kind in found.kinds if kind.memory})
-
-
-def is_probed(case: Case) -> bool:
-    """Tell whether all strategies of a case's blocks were compiled as probes (at other samples, depths, edges)."""
-    compiled = COMPILED.get(PROBED.get(case.model, case.model), ())
-    return all((strategy, case.microbatches > 1) in compiled for strategy, _ in case.blocks)
 
 
 def compile_probes(model: str, budget_s: float) -> None:

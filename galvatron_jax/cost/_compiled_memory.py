@@ -1,14 +1,14 @@
-"""What compiled programs said of a layer's memory corrects the formulas (``profilers memory``).
+"""What compiled programs said of a layer's memory takes the place of the formulas (``profilers memory``).
 
 Measured are, for a few strategies and numbers of samples n on a device, what one layer keeps, K', and the workspace, W'
-(``measured.MemoryTable``). With k and w the formulas of the same (``_memory``), at the measured strategy s' nearest to
-the layer's strategy s,
+(``measured.MemoryTable``). A table counts for the strategies with its spread and remat that gather weights (zero 3) if
+it did. With k and w the formulas (``_memory``), s the layer's strategy and s' that of the table,
 
-    K(s, n) = k(s, n) + K'(n') - k(s', n')      W(s, n) = w(s, n) + W'(n') - w(s', n')      n' = n inner(s') / inner(s)
+    K(s, n) = K'(n) + k(s, n) - k(s', n)        W(s, n) = W'(n) + w(s, n) - w(s', n)
 
-Where s is s' the formulas cancel and the compiler alone speaks. Elsewhere what the formulas miss is taken from the
-nearest strategy that was compiled, at as many samples as bring about the same activations on a device: so none looks
-cheaper for not having been compiled. Held out, the difference was nearer than the ratio (docs/design/0059).
+Where s is s' the formulas cancel and the compiler alone speaks; other zero ranks, hsdp and accumulation add or take
+away what the formulas say. All other strategies are priced by formulas alone: what these miss in one spread or remat
+says little about another (docs/design/0059).
 
 Between two numbers of samples, and beyond them, bytes are affine in the samples (the profile states the largest error
 of that). The states stay formulas: they are exact. Nothing is below zero.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from math import log
 
 from ..measured import MeasuredMemory, MemoryTable
 from ..plan import Plan
@@ -51,12 +50,10 @@ def compiled_memory(kind: LayerKind, strategy: Strategy, setting: Setting, formu
         formula: The estimate.
     """
     estimated = dict(formula(strategy, setting))
-    memory = valid_memory(kind, setting.hardware)
-    if memory is None:
+    table = _matching(valid_memory(kind, setting.hardware), strategy, setting.microbatches > 1)
+    if table is None:
         return estimated
-    table = _nearest(memory, strategy, setting.microbatches > 1)
-    measured = _strategy_of(table)
-    samples = max(1, setting.microbatch // strategy.dp) * measured.inner / strategy.inner
+    measured, samples = _strategy_of(table), max(1, setting.microbatch // strategy.dp)
     one, two = (formula(measured, _setting_of(table, setting, n)) for n in (1, 2))
     for name, points in (("residuals", table.kept_bytes), ("live", table.workspace_bytes)):
         growth = two[name] - one[name]
@@ -70,46 +67,29 @@ def count_compiled(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -
     """Return how many different (kind, strategy) pairs of the plan were compiled, and how many there are."""
     pairs = {(run.kind, run.strategy) for stage in plan.stages for run in stage.runs}
     known = [
-        _is_compiled(valid_memory(model.kind(kind), hardware), strategy, plan.microbatches > 1)
-        for kind, strategy in pairs
+        _matching(valid_memory(model.kind(kind), hardware), strategy, plan.microbatches > 1) for kind, strategy in pairs
     ]
-    return sum(known), len(pairs)
+    return sum(table is not None for table in known), len(pairs)
 
 
 def memory_source(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> str:
     """Say where the memory figures of ``plan`` come from: ``"measured for 12 of 14 (kind, strategy) pairs, ..."``."""
-    if not any(valid_memory(kind, hardware) for kind in model.kinds):
-        return "estimated"
     known, pairs = count_compiled(plan, model, hardware)
-    rest = ", formulas corrected by the nearest for the others" if known < pairs else ""
+    if not known:
+        return "estimated"
+    rest = ", the others estimated" if known < pairs else ""
     return f"measured for {known} of {pairs} (kind, strategy) pairs{rest}"
 
 
-def _is_compiled(memory: MeasuredMemory | None, strategy: Strategy, accumulates: bool) -> bool:
-    return any(
-        _activations(_strategy_of(table)) == _activations(strategy)
-        and (table.zero == 3) == (strategy.zero == 3)
-        and table.accumulates == accumulates
-        for table in (memory.tables if memory else ())
+def _matching(memory: MeasuredMemory | None, strategy: Strategy, accumulates: bool) -> MemoryTable | None:
+    """Return the table that counts for ``strategy``, if there is one; of several, the likest."""
+    tables = [table for table in memory.tables if _activations(table) == _activations(strategy)] if memory else []
+    return min(
+        tables, key=lambda table: (table.accumulates != accumulates, abs(table.zero - strategy.zero)), default=None
     )
 
 
-def _nearest(memory: MeasuredMemory, strategy: Strategy, accumulates: bool) -> MemoryTable:
-    def distance(table: MemoryTable) -> tuple[object, ...]:
-        measured = _strategy_of(table)
-        return (
-            measured.remat != strategy.remat,
-            _style(measured) != _style(strategy),
-            abs(log(measured.inner / strategy.inner)),
-            (measured.zero == 3) != (strategy.zero == 3),
-            table.accumulates != accumulates,
-            abs(measured.zero - strategy.zero),
-        )
-
-    return min(memory.tables, key=distance)
-
-
-def _at(samples: tuple[int, ...], points: tuple[int, ...], n: float, growth: float) -> float:
+def _at(samples: tuple[int, ...], points: tuple[int, ...], n: int, growth: float) -> float:
     """Return the bytes at ``n`` samples, on the line through the two nearest points (one: growing by ``growth``)."""
     if len(samples) == 1:
         return points[0] + (n - samples[0]) * growth
@@ -133,10 +113,6 @@ def _setting_of(table: MemoryTable, setting: Setting, samples: int) -> Setting:
     )
 
 
-def _activations(strategy: Strategy) -> tuple[int, bool, int, str]:
-    """What decides the size of activations on a device."""
-    return strategy.tp, strategy.sp, strategy.ulysses, strategy.remat
-
-
-def _style(strategy: Strategy) -> str:
-    return "ulysses" if strategy.ulysses > 1 else "sp" if strategy.sp else "tp"
+def _activations(spread: Strategy | MemoryTable) -> tuple[object, ...]:
+    """What decides the size of activations on a device, and whether weights are gathered."""
+    return spread.tp, spread.sp, spread.ulysses, spread.remat, spread.zero == 3

@@ -1,4 +1,4 @@
-"""Compiled memory takes the place of formulas: exactly where it was compiled, corrected by the formulas elsewhere."""
+"""Compiled memory takes the place of formulas where a strategy was compiled, and only there."""
 
 from __future__ import annotations
 
@@ -54,23 +54,31 @@ def test_states_stay_formulas() -> None:
     assert measured.times == formula.times
 
 
-def test_other_zero_level_differs_by_the_difference_of_the_formulas() -> None:
-    kind, other = compiled(table(FSDP)), Strategy(dp=8, zero=1)
-    formula = [b - a for a, b in zip(kept_and_live(KIND, FSDP), kept_and_live(KIND, other), strict=True)]
-    assert kept_and_live(kind, other) == pytest.approx((1e6 + formula[0], 3e6 + formula[1]))
+@pytest.mark.parametrize("change", [{"replicas": 2}, {"dp": 4}], ids=str)
+def test_other_ranks_differ_by_the_difference_of_the_formulas(change: dict[str, int]) -> None:
+    kind, other = compiled(table(FSDP)), msgspec.structs.replace(FSDP, **change)
+    formula = [b - a for a, b in zip(kept_and_live(KIND, FSDP), kept_and_live(KIND, other, other.dp), strict=True)]
+    assert kept_and_live(kind, other, other.dp) == pytest.approx((1e6 + formula[0], 3e6 + formula[1]))
 
 
-def test_other_spread_differs_as_much_at_the_same_activations_on_a_device() -> None:
-    kind, other = compiled(table(FSDP)), Strategy(tp=2, sp=True, dp=4, zero=3)  # 2 samples under it: 1 under fsdp
-    (kept, live), (kept2, live2) = kept_and_live(KIND, FSDP), kept_and_live(KIND, other, 8)
-    assert kept_and_live(kind, other, 8) == pytest.approx((1e6 + kept2 - kept, 3e6 + live2 - live))
+@pytest.mark.parametrize(
+    "other",
+    [
+        Strategy(dp=8, zero=1),
+        Strategy(dp=8, zero=3, remat="full"),
+        Strategy(tp=2, sp=True, dp=4, zero=3),
+        Strategy(tp=2, dp=4, zero=3),
+    ],
+    ids=str,
+)
+def test_other_strategies_are_priced_by_formulas(other: Strategy) -> None:
+    assert kept_and_live(compiled(table(FSDP)), other) == kept_and_live(KIND, other)
 
 
-def test_nearest_table_has_the_same_remat_before_the_same_degree() -> None:
-    whole, full = Strategy(tp=2, dp=4), Strategy(dp=8, remat="full")
-    wanted = msgspec.structs.replace(whole, remat="full")
-    both, alone = compiled(table(whole), table(full)), compiled(table(full))
-    assert kept_and_live(both, wanted, 4) == kept_and_live(alone, wanted, 4)
+def test_likest_table_counts() -> None:
+    one, two = table(Strategy(dp=8, zero=1)), table(Strategy(dp=8, zero=2), accumulates=True)
+    both = compiled(two, msgspec.structs.replace(one, kept_bytes=(77, 308)))
+    assert kept_and_live(both, Strategy(dp=8, zero=2))[0] == pytest.approx(77)
 
 
 def test_single_size_follows_the_formula() -> None:

