@@ -67,8 +67,7 @@ def auto_shard(
     In several processes (join them first: ``galvatron_jax.distributed``) all call everything together, with the same
     arguments; each gives ``step`` the global batch or only its own rows of it (``ShardedModel.process_rows``).
 
-    Under zero 0 and 1 gradients of several microbatches are reduced once a step. A pipelined plan reduces them in every
-    microbatch in this version: with slow links between data-parallel ranks such a step is slower than predicted.
+    Under zero 0 and 1 gradients of several microbatches are reduced once a step, of a pipelined plan too.
     """
     from .models import next_token_loss  # the default loss alone needs it
 

@@ -46,6 +46,8 @@ class RunRecord(Document, frozen=True, kw_only=True):
     """Of each device; empty where the backend does not tell (CPU)."""
     machine_load: NonNegative | None = None
     """Share of the machine that other processes took meanwhile, as far as known: beside others a clock lies."""
+    compiler_options: dict[str, bool | int] = {}
+    """What XLA was told for every program (``runtime.compiler_options``); empty on CPU, and where nobody wrote it."""
     note: str = ""
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from ._model import StageResults as StageResults
 from ._model import plan_model as plan_model
 from ._model import plan_stages as plan_stages
 from ._options import compiler_options as compiler_options
+from ._options import platform_options as platform_options
 from ._pipeline import PipelinePrograms as PipelinePrograms
 from ._placing import UnreadArray as UnreadArray
 from ._planned_pipeline import PlannedPipeline as PlannedPipeline

@@ -36,5 +36,9 @@ def compiler_options(mesh: StageMesh) -> dict[str, bool | int]:
     Returns:
         For ``jax.jit(..., compiler_options=...)``; the same dictionary belongs into records of what was run.
     """
-    platform = mesh.mesh.devices.flat[0].platform
+    return platform_options(mesh.mesh.devices.flat[0].platform)
+
+
+def platform_options(platform: str) -> dict[str, bool | int]:
+    """Return the same for devices of a platform, as ``jax.default_backend`` names it."""
     return {**_OVERLAP, **_MEMORY} if platform in ("gpu", "cuda") else {}

@@ -13,6 +13,7 @@ from .._document import save
 from ..plan import Plan
 from ..profilers import here
 from ..record import RunRecord
+from ..runtime import platform_options
 from ._memory import device_memory
 
 RECORD_NAME = "run.json"
@@ -43,6 +44,7 @@ def write_record(plan: Plan, step_times_s: Sequence[float], folder: Path) -> Pat
         step_times_s=times,
         mfu=mfu,
         memory=device_memory(),
+        compiler_options=platform_options(jax.default_backend()),
         note="steps of a training run, checkpoints and evaluations left out",
     )
     return save(record, folder / RECORD_NAME)
