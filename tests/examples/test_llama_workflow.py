@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,17 +38,26 @@ def start(script: str, folder: Path, *arguments: str, **variables: str) -> subpr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
 def finish(started: subprocess.Popen[str]) -> str:
     """Wait for a script; return what it said."""
-    try:
-        out, _ = started.communicate(timeout=TIME_LIMIT_S)
-    finally:
-        started.terminate()  # nothing, unless it still runs: then the supervisor ends its processes
+    with started:
+        try:
+            out, _ = started.communicate(timeout=TIME_LIMIT_S)
+        except BaseException:
+            end(started)
+            raise
     assert started.returncode == 0, f"{started.args!r}\n{out[-4000:]}"
     return out
+
+
+def end(started: subprocess.Popen[str]) -> None:
+    """Stop a script and all that it runs: a supervisor among them ends its own processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(started.pid, signal.SIGTERM)
 
 
 def run(script: str, folder: Path, *arguments: str) -> str:
@@ -55,6 +66,7 @@ def run(script: str, folder: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
+@pytest.mark.timeout(1600)
 def test_scripts_run_in_order_and_hand_their_files_on(tmp_path: Path) -> None:
     run("profile_hardware.sh", tmp_path, "--quick", "--budget-s", "8")
     run("profile_computation.sh", tmp_path, "--budget-s", "15", "--samples", "1,2", "--tp", "1")
@@ -77,7 +89,11 @@ def test_scripts_run_in_order_and_hand_their_files_on(tmp_path: Path) -> None:
     where = {"GALVATRON_COORDINATOR": f"127.0.0.1:{free_port()}", "GALVATRON_PROCESSES": "2", "DEVICES": "1"}
     more = (*setting, "--mesh", "2x1", "--steps", "5", "--override-config")
     machines = [start("train_dist.sh", tmp_path, *more, **where, GALVATRON_PROCESS=str(number)) for number in range(2)]
-    said = [finish(machine) for machine in machines]
+    try:
+        said = [finish(machine) for machine in machines]
+    finally:
+        for machine in machines:
+            end(machine)
     assert "resumed from step 3" in said[0]
     assert "now 2x1" in said[0] or "this is 2x1" in said[0]
     assert "done: step 5" in said[0]
