@@ -224,8 +224,8 @@ def test_plan_that_xla_cannot_run_ends_with_4_and_a_simpler_one_is_taken_on_requ
 ) -> None:
     run, (strategies, shape) = runs.new(), PLANS["two stages"]
     plan = save_plan(other_plan(load_plan(control.folder / "plan.json"), *strategies, **shape), runs.root / "plan.json")
-    # The fault comes at step 6 of the second plan too.
-    assert run.here("--plan", str(plan), "--retry-failed", "1", faults=[{"kind": "xla_failure", "step": 6}]) == 4
+    # The fault comes at step 7 of the second plan too, when the loss of step 5 has been read.
+    assert run.here("--plan", str(plan), "--retry-failed", "1", faults=[{"kind": "xla_failure", "step": 7}]) == 4
     assert "XLA failed: INTERNAL" in caplog.text
     assert f"the next plan is in {run.folder / 'next-plan.json'}" in caplog.text
     assert "going on under another plan" in caplog.text
