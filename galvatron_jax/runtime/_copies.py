@@ -121,6 +121,10 @@ class PerRank:
         self._shares: dict[int, tuple[Any, Any]] = {}
         """Arrays by their identity, and as shares; the former only to keep the identity."""
 
+    def reads_copies(self, equation: Equation) -> bool:
+        """Tell whether any operand is a copy."""
+        return any(not isinstance(v, Literal) and v in self.copied for v in equation.inputs)
+
     def run(self, equation: Equation, arguments: Sequence[Any]) -> list[Any]:
         """Return the results: copies again when only weights are read, else arrays of the whole batch."""
         kind, values = self._copies.layout.kind, self._copies.layout.kind.layer.forward_values

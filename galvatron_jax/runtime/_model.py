@@ -244,6 +244,12 @@ class StageModel:
         ]
 
     @property
+    def sums_in_place(self) -> list[bool]:
+        """Which gradients of ``spread`` arrays are reduced by nobody before the last microbatch (see ``_sums``)."""
+        copied = zip(self.slots, self._slot_copies, strict=True)
+        return [bool(copies) and slot.layout is not None and slot.layout.strategy.zero <= 1 for slot, copies in copied]
+
+    @property
     def state_shardings(self) -> list[NamedSharding]:
         """Model state is small and stands whole on every device."""
         return [self.mesh.replicated] * len(self.share.state)

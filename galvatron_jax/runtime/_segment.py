@@ -21,6 +21,7 @@ from ..analysis import Equation, Value, Variable, is_batched, is_kept, is_kernel
 from ..strategy import Remat
 from ._copies import Copies, PerRank, copyable, unreduced_axes
 from ._layout import LayerLayout, Role
+from ._products import product_orders, run_product
 
 WEIGHTS = "galvatron_weights"
 """Name of parameters as a layer uses them: cast and gathered."""
@@ -60,10 +61,29 @@ def build_segment(layout: LayerLayout, *, in_loop: bool = False, reduction: Redu
     """
     weights = _Weights(layout, reduction or Reduction())
 
-    def run(inputs: Sequence[Any]) -> list[Any]:
+    def run(*inputs: Any) -> list[Any]:
         return _run_equations(layout, weights.place(inputs), weights.copies, weights.copied)
 
-    return jax.checkpoint(run, policy=_policy(layout.strategy.remat), prevent_cse=not in_loop)
+    remat = layout.strategy.remat
+    checkpointed = jax.checkpoint(run, policy=_policy(remat), prevent_cse=_waiting(layout, in_loop=in_loop))
+    return lambda inputs: checkpointed(*inputs)
+
+
+def _waiting(layout: LayerLayout, *, in_loop: bool) -> bool | Sequence[bool]:
+    """Which inputs the backward pass reads only when the layer's cotangents are there.
+
+    Without this XLA computes the activations of a layer again while it is busy with the layers after it (a loop turn
+    holds two of them: docs/design/0055). Weights do not wait in a loop, so that gathers run ahead; nor does what remat
+    ``none`` kept, which would be copied out of the stack first.
+    """
+    if not in_loop:
+        return True
+    parameters = frozenset(layout.kind.layer.parameters)
+    return (
+        [i not in parameters for i in range(len(layout.kind.layer.inputs))]
+        if layout.strategy.remat != "none"
+        else False
+    )
 
 
 def _policy(remat: Remat) -> Callable[..., bool]:
@@ -142,10 +162,16 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
     program, values = layer.forward, layer.forward_values
     border = _Border(layout)
     ranks = PerRank(copies, [program.inputs[layer.parameters[position]] for position in copied])
+    orders = product_orders(program)
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
 
     def read(atom: Any, inside: bool = False) -> Any:
         return atom.val if isinstance(atom, Literal) else border.cross(environment[atom], values[atom], inside=inside)
+
+    def run(equation: Equation, arguments: Sequence[Any]) -> list[Any]:
+        if ranks.reads_copies(equation) or not orders.keys() & set(equation.outputs):
+            return ranks.run(equation, arguments)
+        return run_product(equation, arguments, orders[equation.outputs[0]])
 
     def place(variable: Any, equation: Equation, result: Any, inside: bool) -> Any:
         if variable in ranks.copied:
@@ -155,7 +181,7 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
 
     for position, equation in enumerate(program.equations):
         inside = border.is_inside(position)
-        results = ranks.run(equation, [read(v, inside) for v in equation.inputs])
+        results = run(equation, [read(v, inside) for v in equation.inputs])
         for variable, result in zip(equation.outputs, results, strict=True):
             environment[variable] = place(variable, equation, result, inside)
     return [read(v) for v in program.outputs]

@@ -31,6 +31,7 @@ from ._options import compiler_options
 from ._placing import adopt_leaf
 from ._slots import Slot, abstract_stored, to_stored, to_user
 from ._stored_optimizer import StoredOptimizer
+from ._sums import GradientSums
 
 
 class TrainState(NamedTuple):
@@ -186,24 +187,22 @@ class StagePrograms:
             grad = jax.value_and_grad(self._loss, has_aux=True)
             (loss, model_state), gradients = grad(state.parameters, state.model_state, batch)
             return loss, self._constrain(gradients, "optimizer"), model_state
-        copied, places = self.model.copied, self.model.sum_shardings
-        grad = jax.value_and_grad(lambda *arguments: self._loss(*arguments, model=copied), has_aux=True)
-        parameters = self.model.spread(state.parameters)
+        copied, parameters = self.model.copied, self.model.spread(state.parameters)
+        sums = GradientSums(parameters, self.model.sum_shardings, self.model.sums_in_place)
 
         def accumulate(carry: tuple[Any, Any, Any], microbatch: list[Any]) -> tuple[tuple[Any, Any, Any], None]:
-            total, sums, model_state = carry
+            total, carried, model_state = carry
             # Else the compiler casts and gathers the weights of single layers before the loop, and keeps them over it.
             held, microbatch = jax.lax.optimization_barrier((parameters, microbatch))
             held = jax.lax.with_sharding_constraint(held, self.model.spread_shardings)  # gathered after, not before
-            (loss, model_state), gradients = grad(held, model_state, microbatch)
-            gradients = jax.lax.with_sharding_constraint(gradients, places)
-            sums = jax.lax.with_sharding_constraint(jax.tree.map(jnp.add, sums, gradients), places)
-            return (total + loss, sums, model_state), None
+            loss, pullback, model_state = jax.vjp(
+                lambda p: self._loss(p, model_state, microbatch, model=copied), held, has_aux=True
+            )
+            return (total + loss, sums.add(carried, pullback, jnp.ones_like(loss)), model_state), None
 
-        zeros = jax.lax.with_sharding_constraint([jnp.zeros(p.shape, p.dtype) for p in parameters], places)
-        start = (jnp.zeros((), jnp.float32), zeros, state.model_state)
-        (total, sums, model_state), _ = jax.lax.scan(accumulate, start, batch)
-        mean = [total / self.microbatches for total in self.model.reduce(sums)]
+        start = (jnp.zeros((), jnp.float32), sums.start, state.model_state)
+        (total, carried, model_state), _ = jax.lax.scan(accumulate, start, batch)
+        mean = [array / self.microbatches for array in self.model.reduce(sums.finish(carried))]
         return total / self.microbatches, mean, model_state
 
     def _mean_loss(self, state: TrainState, batch: list[Any]) -> jax.Array:

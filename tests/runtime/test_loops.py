@@ -37,6 +37,19 @@ def test_a_loop_keeps_what_the_analysis_counts_and_neither_casts_nor_gathered_we
     assert kept_bytes(sharded) == counted
 
 
+@pytest.mark.parametrize(("remat", "waits"), [("none", False), ("dots", True), ("full", True)])
+def test_what_a_loop_computes_again_waits_for_the_cotangent_but_gathers_do_not(remat: Remat, waits: bool) -> None:
+    sharded = looped(remat)
+    state, batch = sharded.programs.abstract_state, sharded.abstract_batch()
+    jaxpr = jax.make_jaxpr(lambda *arguments: sharded.programs.gradients(*arguments))(state, batch).jaxpr
+    backward = [eqn for eqn in scans(jaxpr) if eqn.params["length"] == LAYERS][-1]
+    (again,) = [eqn for eqn in backward.params["jaxpr"].jaxpr.eqns if "prevent_cse" in eqn.params]
+    barred = again.params["prevent_cse"] or [False] * len(again.invars)
+    waiting = [v.aval.ndim for v, one in zip(again.invars, barred, strict=True) if one]
+    assert max(waiting, default=0) == (3 if waits else 0)  # the stream, not stacked weights
+    assert len(waiting) < len(again.invars)
+
+
 def kept_bytes(sharded: Planned) -> float:
     """Bytes that one turn of the forward loop hands to the backward loop."""
     programs = sharded.programs
