@@ -29,6 +29,7 @@ from ._layout import Role
 from ._model import StageModel
 from ._options import compiler_options
 from ._placing import adopt_leaf
+from ._regather import regather
 from ._slots import Slot, abstract_stored, to_stored, to_user
 from ._stored_optimizer import StoredOptimizer
 from ._sums import GradientSums
@@ -179,7 +180,7 @@ class StagePrograms:
         updated, optimizer = self.stored_optimizer.update(gradients, state.optimizer, parameters)
         before = (parameters, state.optimizer, state.model_state)
         parameters, optimizer, model_state = guarded(metrics.finite, (updated, optimizer, model_state), before)
-        parameters = self._constrain(parameters, "optimizer")
+        parameters = regather(self.model.slots, self._constrain(parameters, "optimizer"), state.parameters)
         return TrainState(parameters, optimizer, model_state, state.step + 1), metrics
 
     def _loss_and_gradients(self, state: TrainState, batch: list[Any]) -> tuple[jax.Array, list[Any], Any]:
