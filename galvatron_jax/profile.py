@@ -219,6 +219,26 @@ class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
     it again in place of receiving it."""
 
 
+class Moment(Value, frozen=True, kw_only=True, omit_defaults=True):
+    """What is alive at one moment of a layer's backward pass, besides what the forward pass kept."""
+
+    arrays: tuple[Array, ...] = ()
+    weights: tuple[Array, ...] = ()
+    """Parameters, as the layer uses them, that are still to be read: where zero 3 gathers them, they may be here."""
+
+
+class Live(Value, frozen=True, kw_only=True, omit_defaults=True):
+    """What a layer needs during its backward pass under one remat policy, as the compiler schedules and fuses it."""
+
+    moments: tuple[Moment, ...] = ()
+    """The fullest ones, each under another sharding or kernel: the largest counts."""
+    prefetched: tuple[Array, ...] = ()
+    """Weights of the next layer that zero 3 gathers meanwhile, in a loop over layers."""
+    waiting: tuple[Array, ...] = ()
+    """Operands of the weights' gradients. These are computed last, so that what a layer outside a loop holds for them
+    stays alive while the layers before it run."""
+
+
 class LayerKind(Value, frozen=True, kw_only=True):
     """Layers with the same structure: everything the cost of one of them depends on."""
 
@@ -233,7 +253,13 @@ class LayerKind(Value, frozen=True, kw_only=True):
     residuals: tuple[Array, ...]
     """What the forward pass keeps for the backward pass without remat: neither parameters nor the stream input."""
     workspace: tuple[Array, ...]
-    """Arrays alive at the worst moment of the backward pass besides residuals, parameters and their gradients."""
+    """Arrays alive at the worst moment of the backward pass besides residuals, parameters and their gradients, by
+    operations alone; ``live`` says more."""
+    live: dict[Literal["none", "dots", "full"], Live] = {}
+    """By remat policy; without it (a profile written by hand) the workspace, and residuals that are made again, add up
+    to what a layer needs."""
+    repeated: bool = True
+    """Layers of this kind stand in a row, so that they run as a loop; an embedding or a head stands alone."""
     residuals_dots: tuple[Array, ...] | None = None
     """The same under remat ``dots``: results of products with weights only; None: not analysed, so not legal."""
     candidates: tuple[Candidate, ...] = ()

@@ -96,6 +96,7 @@ def analyse_kind(
         residuals=quantities.residuals("none"),
         residuals_dots=quantities.residuals("dots"),
         workspace=quantities.workspace(),
+        live=quantities.live(),
         candidates=tuple(_candidate(layer, found, quantities, seq) for found in sets[:1]),
         ulysses=_ulysses(layer, attention, quantities, by_name),
         data=() if batch is None else quantities.collectives(data_collectives(layer, batch, seq)),

@@ -2,11 +2,10 @@
 
 The pass is a list of *events*, each of which writes values to memory:
 
-* kernels (matrix products, lookups, sorts, loops). A product that is only read in another dtype is written in that one;
-* values that loop fusion writes: operands of kernels, results of reductions. Such an event reads the written values
-  from
-  which its own can be made; everything between stays in registers. Events that read the same kept value are one fused
-  kernel with several results: reading a slice of the stack of residuals once is what the compiler merges them for.
+* kernels (matrix products, lookups, sorts, loops); a product that is only read in a narrower dtype is written in it;
+* values that loop fusion writes: operands of kernels, results of reductions. They are made from the written values
+  before them; everything between stays in registers. Those made from the same kept value are one fused kernel with
+  several results: a slice of the stack of residuals is read once.
 
 Order: what the remat policy computes again, then the pullback; among events that could run, the one with the longest
 way to the end first (a latency-hiding scheduler works along the critical path). So gradients of weights, which nothing
@@ -23,6 +22,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..strategy import Remat
+from ..units import ITEM_BYTES
 from ._dimensions import Op, Value
 from ._fusion import Fusion, is_kernel, unique
 from ._layer import Layer, phase_of
@@ -35,7 +35,7 @@ class Moment:
 
     values: list[Value]
     parameters: list[int]
-    """Positions of the parameters that were read before or now, and are read now or later."""
+    """Positions of the parameters that are read now or later."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -80,12 +80,11 @@ class Backward:
     def moments(self) -> list[Moment]:
         """Return what is alive at every event."""
         events, last = self._order, self._last_reads()
-        first = self._first_reads()
         alive: dict[int, Value] = {}
         found = []
         for n, event in enumerate(events):
             alive.update((id(v), v) for v in event.writes if self._counts(v))
-            weights = [p for key, p in self._parameters.items() if first.get(key, n + 1) <= n <= last.get(key, -1)]
+            weights = [position for key, position in self._parameters.items() if last.get(key, -1) >= n]
             found.append(Moment(list(alive.values()), weights))
             alive = {key: value for key, value in alive.items() if last.get(key, -1) > n}
         return found
@@ -97,7 +96,8 @@ class Backward:
         return [v for v in unique(v for event in rest for v in event.reads) if id(v) in done and self._counts(v)]
 
     def _counts(self, value: Value) -> bool:
-        return bool(value.shape) and id(value) not in self._results and id(value) not in self._given
+        made = bool(value.shape) and id(value) not in self._results and id(value) not in self._given
+        return made and self._fusion.depends_on_data(value)
 
     # -------------------------------------------------------------------------------------------------------- events
     def _source(self, value: Value) -> Value:
@@ -105,12 +105,14 @@ class Backward:
         return self._epilogue.get(id(source), source)
 
     def _epilogues(self) -> dict[int, Value]:
-        """Products that are only read in another dtype: they are written in it."""
+        """Products that are only read in a narrower dtype: they are written in it."""
         found = {}
         for op in self._ops:
             readers = [r for v in op.outputs for r in self._fusion.readers.get(id(v), ()) if r.name not in VIEWS]
             if op.name in PRODUCTS and len(readers) == 1 and readers[0].name == "convert_element_type":
-                found[id(op.outputs[0])] = readers[0].outputs[0]
+                (wide,), (narrow,) = op.outputs, readers[0].outputs
+                if ITEM_BYTES[narrow.dtype] < ITEM_BYTES[wide.dtype]:
+                    found[id(wide)] = narrow
         return found
 
     def _written_values(self) -> dict[int, Value]:
@@ -188,13 +190,6 @@ class Backward:
 
     def _last_reads(self) -> dict[int, int]:
         return {id(v): n for n, event in enumerate(self._order) for v in self._leaves(event)}
-
-    def _first_reads(self) -> dict[int, int]:
-        found: dict[int, int] = {}
-        for n, event in enumerate(self._order):
-            for value in self._leaves(event):
-                found.setdefault(id(value), n)
-        return found
 
     def _leaves(self, event: _Event) -> Iterator[Value]:
         """What an event reads, and for a parameter that is cast first the parameter itself."""

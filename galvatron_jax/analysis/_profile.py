@@ -146,12 +146,13 @@ def _disputed(cut: Cut, kinds: Mapping[str, AnalysedKind]) -> frozenset[str]:
 
 
 def _placed(kind: AnalysedKind, cut: Cut, crossings: Crossings, parameters: set[Variable]) -> AnalysedKind:
-    """Add what only the whole program knows: how boundary values flow, and which parameters other layers hold too."""
+    """Add what only the whole program knows: repetition, how boundary values flow, which parameters are held twice."""
     segments = [segment for segment in cut.segments if segment.kind == kind.profile.name]
     profile = crossings.classify(kind.profile, segments, parameters)
     tied = [index in segments[0].tied for index in kind.layer.parameters]
     profile = msgspec.structs.replace(
         profile,
+        repeated=len(segments) > 1,
         parameters=tuple(
             msgspec.structs.replace(parameter, tied=is_tied)
             for parameter, is_tied in zip(profile.parameters, tied, strict=True)

@@ -8,14 +8,20 @@ from typing import get_args
 
 import msgspec
 
-from ..profile import Array, Boundary, Collective, Dot, Parameter, Phase, Traffic
+from ..profile import Array, Boundary, Collective, Dot, Live, Moment, Parameter, Phase, Traffic
 from ..strategy import Remat
+from ._candidates import class_sets
 from ._collectives import Predicted, gradient_sums
 from ._dimensions import Op, Value
 from ._fusion import Fusion, unique
 from ._layer import Layer, phase_of
 from ._marks import ATTENTION
+from ._moments import Backward
+from ._moments import Moment as Alive
 from ._names import Names
+
+_LARGE_DEGREE = 8
+"""Of tensor parallelism, where moments are compared."""
 
 
 class Quantities:
@@ -88,6 +94,56 @@ class Quantities:
         return self.arrays(
             [v for v in plain if not self._inside_attention(v)] + [v for v in scores if self._inside_attention(v)]
         )
+
+    def live(self) -> dict[Remat, Live]:
+        """Return what is alive in the backward pass under each remat policy (see ``_moments``)."""
+        return {remat: self._live(remat) for remat in get_args(Remat)}
+
+    def _live(self, remat: Remat) -> Live:
+        backward = Backward(self.layer, self.fusion, self._kept(remat) if remat != "full" else (), remat)
+        return Live(
+            moments=tuple(dict.fromkeys(map(self._moment, self._fullest(backward.moments())))),
+            prefetched=self._prefetched(),
+            waiting=self.arrays(backward.waiting()),
+        )
+
+    def _moment(self, moment: Alive) -> Moment:
+        weights = Counter(self._used(position) for position in moment.parameters)
+        return Moment(
+            arrays=tuple(array for array in self.arrays(moment.values) if array.classes),
+            weights=tuple(_with_count(array, n) for array, n in weights.items()),
+        )
+
+    def _fullest(self, moments: Sequence[Alive]) -> list[Alive]:
+        """Return the fullest moments: with scores or without (fused kernels have none), whole or tensor-parallel."""
+        tensor = {f for found in class_sets(self.layer)[:1] for f in found.classes}
+
+        def share(value: Value) -> float:
+            return 1 / _LARGE_DEGREE if tensor.intersection(self.layer.dimensions.flat_classes(value)) else 1.0
+
+        def size(moment: Alive, divided: bool, scores: bool) -> float:
+            counted = [v for v in moment.values if scores or not self._inside_attention(v)]
+            return sum(v.bytes * (share(v) if divided else 1.0) for v in counted)
+
+        return [
+            max(moments, key=lambda m: size(m, divided, scores))
+            for divided in (False, True)
+            for scores in (True, False)
+            if moments
+        ]
+
+    def _used(self, position: int) -> Array:
+        value = self.layer.inputs[self.layer.parameters[position]]
+        return msgspec.structs.replace(self.array(value), dtype=self._compute_dtype(value))
+
+    def _prefetched(self) -> tuple[Array, ...]:
+        """The largest weight, twice: one gather arrives while the result of the one before waits for its product."""
+        if not self.layer.parameters:
+            return ()
+        position = max(
+            range(len(self.layer.parameters)), key=lambda p: self.layer.inputs[self.layer.parameters[p]].bytes
+        )
+        return (_with_count(self._used(position), 2),)
 
     def boundaries(self) -> tuple[tuple[Boundary, ...], tuple[Boundary, ...]]:
         """Return the values that enter and leave the layer, parameters left out."""

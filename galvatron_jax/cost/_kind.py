@@ -26,7 +26,8 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ..plan import zero_dim
-from ..profile import BATCH, SEQ, Array, Dot, HardwareProfile, LayerKind, Parameter, Phase
+from ..profile import BATCH, SEQ, Array, Dot, HardwareProfile, LayerKind, Live, Parameter, Phase
+from ..strategy import Remat
 from ..units import ITEM_BYTES
 from ._memo import remembered
 from ._values import Carried, Shares
@@ -65,6 +66,15 @@ class DotSum(NamedTuple):
     """Remat ``dots`` runs it again too, if it is ``recomputed``."""
 
 
+class LiveSums(NamedTuple):
+    """What is alive in the backward pass under one remat policy (``profile.Live``)."""
+
+    moments: tuple[tuple[LocalSum, LocalSum], ...]
+    """(arrays, weights) of each."""
+    prefetched: LocalSum
+    waiting: LocalSum
+
+
 class KindSums(NamedTuple):
     """All sums of one layer kind; attention arrays are left out when attention is fused."""
 
@@ -81,6 +91,8 @@ class KindSums(NamedTuple):
     residuals_dots: LocalSum
     """The same under remat ``dots``; nothing when the profile does not know it."""
     workspace: LocalSum
+    live: dict[Remat, LiveSums]
+    """By remat policy; empty when the profile does not know it."""
     gathered: LocalSum
     """Bytes of what sequence parallelism gathers along the sequence in one backward pass: cotangents, and the stream
     once more."""
@@ -160,6 +172,7 @@ def summarise(kind: LayerKind, fused: bool) -> KindSums:
         residuals=_total(kind, kind.residuals, fused),
         residuals_dots=_total(kind, kind.residuals_dots or (), fused),
         workspace=_total(kind, kind.workspace, fused),
+        live={remat: _live(kind, live, fused) for remat, live in kind.live.items()},
         gathered=_gathered(kind),
         flops=_sample_flops(kind, kind.dots),
         attention_flops=_sample_flops(kind, (dot for dot in kind.dots if dot.attention)),
@@ -235,6 +248,14 @@ def _total(kind: LayerKind, arrays: Iterable[Array], fused: bool) -> LocalSum:
             carried, power, size = _monomial(kind, array.classes, array.factor)
             found[power, carried] += ITEM_BYTES[array.dtype] * array.count * size
     return LocalSum(tuple((size, power, carried) for (power, carried), size in found.items()))
+
+
+def _live(kind: LayerKind, live: Live, fused: bool) -> LiveSums:
+    return LiveSums(
+        moments=tuple((_total(kind, m.arrays, fused), _total(kind, m.weights, False)) for m in live.moments),
+        prefetched=_total(kind, live.prefetched, False),
+        waiting=_total(kind, live.waiting, fused),
+    )
 
 
 def _gathered(kind: LayerKind) -> LocalSum:

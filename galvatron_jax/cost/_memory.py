@@ -12,22 +12,32 @@ once (the output of the scan over layers, or the accumulator of the scan over mi
 is no accumulator, and under zero 1 each device keeps of a reduced gradient only what it updates: programs of zero 1 and
 zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
+Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there three times: the sums, the stack
+that a microbatch's backward loop makes, and the zeros from which XLA begins that stack. Under zero 0 and 1 they are
+added up in place (runtime/_sums.py).
+
+Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
+loop, which is the fuller moment.
+
 Residuals (per in-flight microbatch): the stream input; without remat all that forward keeps for backward, under remat
-``dots`` the results of products with weights.
+``dots`` the results of products with weights; of a layer that stands alone also what its weights' gradients wait for
+(``profile.Live.waiting``: logits and their cotangents stay until the loops before are done).
 
 Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
 
-    workspace
+    the largest of the moments of ``profile.Live`` under the remat policy: temporaries, and under zero 3 (or where the
+      layer borrows tied parameters) the gathered weights that are still to be read
+    + under zero 3 the weights that are gathered meanwhile for the next layer of the loop
     + what sp gathers in the backward pass      stream and cotangents, whole along the sequence: operands of weight
                                                 gradients, which the compiler computes last, so all of them are alive
-    + residuals that remat did not keep         they are computed again just before
-    + copies of the weights in the compute dtype: zero 3 (and a layer that borrows tied parameters): gathered, twice
-      (this layer's and the prefetched next one's); otherwise once, of those whose compute dtype is not their storage
-      dtype
     + the layer's whole gradient in the compute dtype, before it is reduced or added to the accumulator
 
-Checked in tests/cost/test_memory.py against peaks of XLA:GPU programs for 16 H100 (12 plans). Not included: what no
-array sees (CUDA context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
+Casts of weights that are not gathered are taken into the products that read them. A profile without ``live`` (written
+by hand) has in place of the moments: workspace + residuals that remat did not keep + copies of the weights in the
+compute dtype (zero 3: this layer's and the next one's; otherwise those that are cast).
+
+Compared with XLA:GPU in docs/accuracy.md and, by component, docs/design/0055. Not included: what no array sees (CUDA
+context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
 
 States, residuals and the live part are added although they do not peak at one instant: gradients grow while residuals
 go. Programs that scan over layers allocate both for the whole backward pass, so the sum is what they need.
@@ -41,9 +51,13 @@ from typing import NamedTuple
 
 from ..plan import Strategy, Training
 from ..profile import HardwareProfile, LayerKind
+from ..strategy import Remat
 from ._kind import Weights, is_fused, summarise
 from ._memo import remembered
 from ._values import LayerCost, Shares
+
+_STACKS = 3
+"""Copies of the gradients of a loop over layers that every microbatch reduces."""
 
 STATE = ("parameters", "gradients", "optimizer")
 """Categories that make up ``LayerCost.state_bytes``."""
@@ -53,13 +67,30 @@ class LocalBytes(NamedTuple):
     """Bytes of one layer's activations on one device, whatever zero and remat do."""
 
     stream_input: float
-    residuals: float
-    """Without remat."""
-    residuals_dots: float
-    """Under remat ``dots``."""
+    kept: dict[Remat, float]
+    """Residuals besides the stream input."""
     workspace: float
     gathered: float
     """What sequence parallelism gathers along the sequence."""
+    live: dict[Remat, LiveBytes]
+    repeated: bool
+    """It runs in a loop over layers."""
+
+
+class LiveBytes(NamedTuple):
+    """Bytes alive in a layer's backward pass (``profile.Live``)."""
+
+    moments: tuple[tuple[float, float], ...]
+    """(temporaries, gathered weights) of each."""
+    prefetched: float
+    """0 outside a loop."""
+    waiting: float
+    """0 in a loop."""
+
+    def most(self, *, gathers: bool) -> float:
+        """Return the bytes of the fullest moment, with the weights where zero 3 gathers them."""
+        fullest = max((arrays + gathers * weights for arrays, weights in self.moments), default=0.0)
+        return fullest + gathers * self.prefetched
 
 
 @remembered
@@ -67,11 +98,19 @@ def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, mi
     """Return the bytes of activations under a spread (``_work.spread_of``) for one microbatch of the stage."""
     sums, shares = summarise(kind, is_fused(kind, hardware)), Shares.of(kind, spread, microbatch)
     return LocalBytes(
-        sums.stream_input.at(shares),
-        sums.residuals.at(shares),
-        sums.residuals_dots.at(shares),
-        sums.workspace.at(shares),
-        sums.gathered.at(shares) if spread.sp else 0.0,
+        stream_input=sums.stream_input.at(shares),
+        kept={"none": sums.residuals.at(shares), "dots": sums.residuals_dots.at(shares), "full": 0.0},
+        workspace=sums.workspace.at(shares),
+        gathered=sums.gathered.at(shares) if spread.sp else 0.0,
+        live={
+            remat: LiveBytes(
+                moments=tuple((arrays.at(shares), weights.at(shares)) for arrays, weights in live.moments),
+                prefetched=live.prefetched.at(shares) if kind.repeated else 0.0,
+                waiting=0.0 if kind.repeated else live.waiting.at(shares),
+            )
+            for remat, live in sums.live.items()
+        },
+        repeated=kind.repeated,
     )
 
 
@@ -96,16 +135,25 @@ def layer_memory(
     """
     zero, remat = strategy.zero, strategy.remat
     held = weights.own if borrowing else weights.held
-    kept = {"none": local.residuals, "dots": local.residuals_dots, "full": 0.0}[remat]
-    live = local.workspace + _weight_copies(weights, 3 if borrowing else zero) + weights.replicated.computed
-    live += local.gathered
+    gradient = held(zero >= (2 if accumulates else 1)).stored
+    lasts = accumulates or local.repeated
+    live = local.live.get(remat)
+    temporaries = (
+        live.most(gathers=zero >= 3 or borrowing) if live else _workspace(local, weights, remat, zero, borrowing)
+    )
     return {
         "parameters": held(zero >= 3).stored,
-        "gradients": held(zero >= (2 if accumulates else 1)).stored,
+        "gradients": gradient * (_STACKS if accumulates and zero >= 2 else 1) if lasts else 0.0,
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
-        "residuals": local.stream_input + kept,
-        "live": live + max(0.0, local.residuals - kept),
+        "residuals": local.stream_input + local.kept[remat] + (live.waiting if live else 0.0),
+        "live": temporaries + local.gathered + weights.replicated.computed + (0.0 if lasts else gradient),
     }
+
+
+def _workspace(local: LocalBytes, weights: Weights, remat: Remat, zero: int, borrowing: bool) -> float:
+    """Bytes alive in the backward pass of a layer of which no moments are known."""
+    again = max(0.0, local.kept["none"] - local.kept[remat])
+    return local.workspace + again + _weight_copies(weights, 3 if borrowing else zero)
 
 
 def memory_budget(hardware: HardwareProfile) -> int:

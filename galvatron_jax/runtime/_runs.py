@@ -1,6 +1,6 @@
 """Runs: consecutive layers that are one loop over stacked weights in the compiled program.
 
-Layers of one kind under one strategy follow the same equations, so a run of four or more becomes one ``lax.scan``:
+Layers of one kind under one strategy follow the same equations, so a run of three or more becomes one ``lax.scan``:
 tracing, compile time and HLO stay flat in depth, and the loop bounds what is alive at once. Every input of the layer is
 
     stacked   a parameter of its own in every layer: one stored array with a leading layer dimension
@@ -22,9 +22,8 @@ from typing import Literal
 from ..analysis import Segment, Variable
 from ._layout import LayerLayout
 
-SHORTEST_SCAN = 4
-"""Fewer layers compile as fast unrolled. XLA:GPU unrolls a loop of three altogether, and then gradients of weights come
-last, and what they read stays alive for all three (docs/design/0055); unrolled by us they come layer by layer."""
+SHORTEST_SCAN = 3
+"""Two layers compile as fast unrolled, and XLA may then overlap one with the other."""
 
 Source = Literal["stacked", "carried", "shared", "each"]
 
