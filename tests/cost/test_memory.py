@@ -8,7 +8,16 @@ import pytest
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import estimate_layer, estimate_plan, memory_budget, stage_memory
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
-from galvatron_jax.profile import Array, Collective, HardwareProfile, LayerKind, ModelProfile, Parameter
+from galvatron_jax.profile import (
+    Array,
+    Collective,
+    HardwareProfile,
+    LayerKind,
+    Live,
+    ModelProfile,
+    Moment,
+    Parameter,
+)
 from galvatron_jax.units import GIB
 from tests.cost.settings import HARDWARE, setting
 from tests.support.toy_models import INNER, LOGITS, SCORES, STREAM, llama_like_profile, toy_hardware
@@ -58,8 +67,10 @@ def memory(strategy: Strategy, microbatches: int = 1) -> dict[str, float]:
 def test_state_by_zero_level(
     zero: int, parameters: float, gradients: float, optimizer: float, microbatches: int
 ) -> None:
+    """Gradients that every microbatch reduces are there as sums, as a microbatch's own, and as the zeros of those."""
     found = memory(Strategy(dp=8, zero=zero), microbatches)
-    assert (found["parameters"], found["gradients"], found["optimizer"]) == (parameters, gradients, optimizer)
+    copies = 3 if microbatches > 1 and zero >= 2 else 1
+    assert (found["parameters"], found["gradients"], found["optimizer"]) == (parameters, copies * gradients, optimizer)
 
 
 @pytest.mark.parametrize(("microbatches", "gradients"), [(1, 4 * (W / 8 + B)), (2, 4 * (W + B))])
@@ -125,6 +136,37 @@ WHOLE_GRADIENT = 2 * W + 4 * B  # in the compute dtypes
 )
 def test_live_holds_workspace_weights_gradient_and_recomputed_residuals(strategy: Strategy, live: float) -> None:
     assert memory(strategy)["live"] == live
+
+
+WIDE = Array(dtype="float32", classes=("batch", "seq", "mlp"))
+NARROW = Array(dtype="bfloat16", classes=("batch", "seq", "embed"))
+WEIGHT = Array(dtype="bfloat16", classes=("embed", "mlp"))
+MOMENTS = Live(
+    moments=(Moment(arrays=(WIDE,)), Moment(arrays=(NARROW,), weights=(WEIGHT,))),
+    prefetched=(msgspec.structs.replace(WEIGHT, count=2),),
+    waiting=(NARROW,),
+)
+SCHEDULED = msgspec.structs.replace(LAYER, live={"none": MOMENTS, "dots": MOMENTS, "full": MOMENTS})
+WIDE_BYTES = 2 * INNER_BYTES / 8
+
+
+def scheduled(kind: LayerKind, strategy: Strategy, microbatches: int = 1) -> dict[str, float]:
+    return dict(estimate_layer(kind, strategy, setting(8, microbatch=16, microbatches=microbatches)).memory)
+
+
+def test_the_fullest_moment_counts_and_weights_only_where_they_are_gathered() -> None:
+    assert scheduled(SCHEDULED, Strategy(dp=8))["live"] == WIDE_BYTES + WHOLE_GRADIENT
+    gathered = scheduled(SCHEDULED, Strategy(dp=8, zero=3))["live"]
+    assert gathered == max(WIDE_BYTES, STREAM_BYTES / 8 + 2 * W) + 2 * (2 * W) + WHOLE_GRADIENT
+
+
+def test_a_layer_outside_the_loop_keeps_the_operands_of_its_gradients_and_makes_these_last() -> None:
+    alone = msgspec.structs.replace(SCHEDULED, repeated=False)
+    inside, outside = (scheduled(kind, Strategy(dp=8, zero=3)) for kind in (SCHEDULED, alone))
+    assert outside["residuals"] == inside["residuals"] + STREAM_BYTES / 8
+    assert outside["gradients"] == 0
+    assert outside["live"] == inside["live"] - 2 * (2 * W) + inside["gradients"]  # nothing is gathered for a next one
+    assert scheduled(alone, Strategy(dp=8), microbatches=2)["gradients"] == 4 * (W + B)  # sums last
 
 
 def test_fused_attention_drops_the_scores() -> None:
