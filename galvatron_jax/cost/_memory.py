@@ -14,7 +14,7 @@ zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
 Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there three times: the sums, the stack
 that a microbatch's backward loop makes, and the zeros from which XLA begins that stack. Under zero 0 and 1 they are
-added up in place (runtime/_sums.py).
+added up in place (runtime/_sums.py), and a layer outside the loop makes no stack.
 
 Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
 loop, which is the fuller moment.
@@ -143,7 +143,7 @@ def layer_memory(
     )
     return {
         "parameters": held(zero >= 3).stored,
-        "gradients": gradient * (_STACKS if accumulates and zero >= 2 else 1) if lasts else 0.0,
+        "gradients": gradient * (_STACKS if accumulates and zero >= 2 and local.repeated else 1) if lasts else 0.0,
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
         "residuals": local.stream_input + local.kept[remat] + (live.waiting if live else 0.0),
         "live": temporaries + local.gathered + weights.replicated.computed + (0.0 if lasts else gradient),

@@ -45,4 +45,5 @@ def _by_layer(slots: Sequence[Slot], layers: int, updated: Sequence[Any], before
         ]
         return list(jax.lax.with_sharding_constraint(arrays, [slot.sharding("parameter") for slot in slots]))
 
-    return jax.lax.fori_loop(0, layers, layer, list(before))
+    whole: list[Any] = jax.lax.fori_loop(0, layers, layer, list(before))
+    return whole
