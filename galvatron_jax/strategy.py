@@ -132,9 +132,7 @@ def _ulysses_violations(kind: LayerKind, strategy: Strategy) -> list[str]:
 def zero_dim(parameter: Parameter, sizes: dict[str, int], tensor_shards: dict[str, int], ranks: int) -> int | None:
     """Return the dimension of ``parameter`` that ZeRO shards ``ranks`` ways, or None when none divides.
 
-    The first dimension (as left by tensor parallelism) that ``ranks`` divides: ranks then hold consecutive rows, which
-    gathers and scatters move as they lie. A later dimension makes XLA:GPU keep a transposed copy of the stacked
-    parameters beside them (docs/design/0055).
+    The largest dimension (as left by tensor parallelism) that ``ranks`` divides; the first of equals.
 
     Args:
         parameter: The parameter.
@@ -142,10 +140,11 @@ def zero_dim(parameter: Parameter, sizes: dict[str, int], tensor_shards: dict[st
         tensor_shards: Shards of each class by tensor parallelism (``Candidate.shards``).
         ranks: Ranks to shard over (``Strategy.zero_ranks``).
     """
+    best, best_size = None, 0
     for position, dim in enumerate(parameter.dims):
         size = 1
         for f in dim:
             size *= f if isinstance(f, int) else sizes[f] // tensor_shards.get(f, 1)
-        if size % ranks == 0:
-            return position
-    return None
+        if size % ranks == 0 and size > best_size:
+            best, best_size = position, size
+    return best
