@@ -26,7 +26,7 @@ import msgspec
 from galvatron_jax.cost import estimate_plan
 from galvatron_jax.hardware import load_hardware
 from galvatron_jax.units import GIB
-from galvatron_jax.verify._exchange import CompileRequest
+from galvatron_jax.verify._exchange import CompileRequest, dump_folder
 from galvatron_jax.verify._peak import layer_of, role_of
 from galvatron_jax.verify._target import load_target
 from galvatron_jax.verify._worker import compile_request
@@ -149,18 +149,13 @@ def _file(folder: Path, end: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------- report
-def compile_into(folder: Path, case: Case) -> None:
-    """Compile a plan and leave XLA's reports in ``folder``."""
+def compile_into(folder: Path, case: Case) -> Path:
+    """Compile a one-stage plan; return the folder of XLA's reports on its train step, inside ``folder``."""
     plan = plan_of(case)
-    request = CompileRequest(
-        plan=plan,
-        model=f"benchmarks.accuracy.models:{case.model}",
-        target=load_target(plan.cluster.gpu),
-        hlo_file=str(folder / "program.hlo"),
-        dump_folder=str(folder),
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    compile_request(request)
+    model, target = f"benchmarks.accuracy.models:{case.model}", load_target(plan.cluster.gpu)
+    compile_request(CompileRequest(plan=plan, model=model, target=target, folder=str(folder)))
+    return Path(dump_folder(str(folder), 0))
 
 
 def report(case: Case, peak: Peak, rows: int) -> Iterator[str]:
@@ -193,9 +188,7 @@ def main() -> None:
     profile = profile_of(case.model)
     layers = {f"layers.{i}" for i in range(profile.layer_count)} | {run.kind for run in profile.layers}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = options.dump or options.keep or Path(temporary)
-        if options.dump is None:
-            compile_into(folder, case)
+        folder = options.dump or compile_into(options.keep or Path(temporary), case)
         peak = find_peak(folder, layers)
     print(f"{options.name}  ({record_path(options.name).name})")
     print("\n".join(report(case, peak, options.rows)))
