@@ -82,7 +82,6 @@ SETTINGS = {
     "moe, stages": Setting("moe", "2x3", stages=(2,), microbatches=(4,), schedules=("1f1b",)),
     "t5, tight": Setting("t5", "3x2", memory=0.75, stages=(1,)),
     "t5, tp": Setting("t5", "2x4", pins=("decoder.*: tp=2",), forbids=("zero=0, dp>1",), stages=(1,)),
-    "t5, stages": Setting("t5", "1x6", stages=(2,), microbatches=(2,), schedules=("1f1b",)),
 }
 
 
