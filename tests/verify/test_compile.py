@@ -46,7 +46,7 @@ def test_clones_of_xla_are_counted_and_those_of_jax_are_not() -> None:
   ROOT %fusion.7.remat2 = f32[8]{0} fusion(%a)
   %remat_thing = f32[8]{0} fusion(%fusion.7.remat), metadata={op_name="jit(_train)/rematted_computation/mul"}
 """
-    assert len(_compile._CLONE.findall(text)) == 2
+    assert len(_compile.CLONE.findall(text)) == 2
 
 
 def test_own_error_of_the_subprocess_is_raised_as_what_it_was() -> None:
