@@ -10,8 +10,10 @@ from ._compute import product_seconds as product_seconds
 from ._compute import traffic_seconds as traffic_seconds
 from ._kind import is_fused as is_fused
 from ._layer import estimate_layer as estimate_layer
+from ._layer import layer_bytes as layer_bytes
 from ._least import least_seconds as least_seconds
 from ._measured import is_measured as is_measured
+from ._memory import depends_on_samples as depends_on_samples
 from ._memory import memory_budget as memory_budget
 from ._memory import slice_memory as slice_memory
 from ._memory import stage_memory as stage_memory

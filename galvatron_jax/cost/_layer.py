@@ -61,7 +61,7 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
     data_b = work.backward.data_s + again.data_s
     data_b += exposed_seconds(behind_s, weights.gather_s + weights.reduce_each_s, slowdown)
     times["data_communication"] = data_f + data_b
-    memory = compiled_memory(kind, strategy, setting, functools.partial(_memory, kind))
+    memory = _compiled(kind, strategy, setting)
     return LayerCost(
         forward_s=forward_s + work.forward.tensor_s + data_f,
         backward_s=behind_s + work.backward.tensor_s + again.tensor_s + data_b,
@@ -73,6 +73,22 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
         times=times,
         memory=memory,
     )
+
+
+def layer_bytes(kind: LayerKind, strategy: Strategy, setting: Setting) -> tuple[float, float, float]:
+    """Return (state, residual, live) bytes of ``estimate_layer`` alone, which know no cluster around the stage.
+
+    Args:
+        kind: The layer kind, at the sequence length to price.
+        strategy: A legal strategy.
+        setting: Batch, stage and hardware.
+    """
+    memory = _compiled(kind, strategy, setting)
+    return sum(memory[name] for name in STATE), memory["residuals"], memory["live"]
+
+
+def _compiled(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:
+    return compiled_memory(kind, strategy, setting, functools.partial(_memory, kind))
 
 
 def _memory(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:

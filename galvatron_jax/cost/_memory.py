@@ -114,6 +114,16 @@ def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, mi
     )
 
 
+@remembered
+def depends_on_samples(kind: LayerKind, hardware: HardwareProfile) -> bool:
+    """Return whether a microbatch decides memory by its samples on one device alone: no array has the batch twice."""
+    sums = summarise(kind, is_fused(kind, hardware))
+    every = [sums.stream_input, sums.residuals, sums.residuals_dots, sums.workspace, sums.gathered]
+    for live in sums.live.values():
+        every += [live.prefetched, live.waiting, *(part for moment in live.moments for part in moment)]
+    return all(power <= 1 for total in every for _, power, _ in total.terms)
+
+
 def layer_memory(
     local: LocalBytes,
     weights: Weights,

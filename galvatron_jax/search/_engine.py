@@ -82,6 +82,18 @@ _Entry: TypeAlias = tuple[float, Candidate, bool, Pipeline | None]
 """(bound in seconds per sample, candidate, whether its whole bound is in, its relaxed bounds once they are made)."""
 
 
+def all_candidates(problem: Problem, global_batches: Sequence[int]) -> list[Candidate]:
+    """Return all candidates of the space."""
+    limits, layers = problem.limits, problem.model.layer_count
+    return [
+        Candidate(slices, batch, microbatches, schedule, chunks)
+        for batch in sorted(set(global_batches))
+        for slices in stage_counts(problem.cluster, problem.model, limits)
+        for microbatches in microbatch_counts(batch, limits)
+        for _, schedule, chunks in shapes(slices, microbatches, layers, limits)
+    ]
+
+
 class Stop(Exception):
     """Raised by a poll to end the search with what it has."""
 
@@ -138,14 +150,7 @@ class Engine:
 
     def candidates(self) -> list[Candidate]:
         """Return all candidates of the space."""
-        limits, layers = self.problem.limits, self.problem.model.layer_count
-        return [
-            Candidate(slices, batch, microbatches, schedule, chunks)
-            for batch in sorted(set(self.global_batches))
-            for slices in stage_counts(self.problem.cluster, self.problem.model, limits)
-            for microbatches in microbatch_counts(batch, limits)
-            for _, schedule, chunks in shapes(slices, microbatches, layers, limits)
-        ]
+        return all_candidates(self.problem, self.global_batches)
 
     def prices_of(self, candidate: Candidate) -> Prices | None:
         """Return the prices of a candidate; None when some layer has no legal strategy."""
