@@ -32,7 +32,7 @@ def random_plan(model, cluster, hardware, batch: int, draw: random.Random) -> Pl
     shape = draw.choice(shapes(slices, microbatches, layers, Limits()))
     if shape.chunks > 1:
         options = even_cuts(shape.stages, work(model, hardware))
-        cuts = draw.choice(options) if options else None
+        cuts = tuple(map(int, draw.choice(options))) if len(options) else None
     else:
         cuts = (0, *sorted(draw.sample(range(1, layers), slices - 1)), layers)
     devices, kinds = cluster.devices // slices, [run.kind for run in model.layers for _ in range(run.count)]
