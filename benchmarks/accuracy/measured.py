@@ -53,8 +53,6 @@ def measured_section(lines: Sequence[MeasuredLine]) -> list[str]:
         "was not compiled, and formulas price it (docs/design/0059).",
         "`python -m benchmarks.accuracy.probes MODEL` goes on compiling; `benchmarks/records/memory_probes` has what",
         "there is. Runs of one or two layers (four layers under two strategies) are no loop: no probe is alike.",
-        "The probes of 70B and 100M hold products in their readers' order (docs/design/0058): records of plans of",
-        "2026-11-25 that were compiled before are of other programs, and look 30 % too low and more.",
         "",
         "| plans | number | formulas: median | worst | measured: median | worst |",
         "|---|---|---|---|---|---|",

@@ -101,4 +101,5 @@ def _memory(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, 
         setting.training,
         accumulates=setting.microbatches > 1,
         borrowing=borrows(held, setting.slices > 1),
+        pipelined=setting.slices > 1,
     )

@@ -14,19 +14,22 @@ zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
 Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there three times: the sums, the stack
 that a microbatch's backward loop makes, and the zeros from which XLA begins that stack. Under zero 0 and 1 they are
-added up in place (runtime/_sums.py), and a layer outside the loop makes no stack.
+added up in place (runtime/_sums.py), and a layer outside the loop makes no stack. In a pipeline only the sums count:
+they are what lies between its programs.
 
 Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
 loop, which is the fuller moment.
 
 Residuals (per in-flight microbatch): the stream input; without remat all that forward keeps for backward, under remat
 ``dots`` the results of products with weights; of a layer that stands alone also what its weights' gradients wait for
-(``profile.Live.waiting``: logits and their cotangents stay until the loops before are done).
+(``profile.Live.waiting``: cotangents of logits stay until the loops before are done; not of the embedding, with which
+the backward pass ends, and not in a pipeline, where nothing lies between programs but residuals).
 
 Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
 
     the largest of the moments of ``profile.Live`` under the remat policy: temporaries, and under zero 3 (or where the
       layer borrows tied parameters) the gathered weights that are still to be read
+    - what waits after it, which counts as residuals already
     + under zero 3 the weights that are gathered meanwhile for the next layer of the loop
     + what sp gathers in the backward pass      stream and cotangents, whole along the sequence: operands of weight
                                                 gradients, which the compiler computes last, so all of them are alive
@@ -85,7 +88,7 @@ class LiveBytes(NamedTuple):
     prefetched: float
     """0 outside a loop."""
     waiting: float
-    """0 in a loop."""
+    """0 in a loop, and where no stream comes in: there the backward pass ends, nothing runs meanwhile."""
 
     def most(self, *, gathers: bool) -> float:
         """Return the bytes of the fullest moment, with the weights where zero 3 gathers them."""
@@ -97,8 +100,10 @@ class LiveBytes(NamedTuple):
 def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, microbatch: int) -> LocalBytes:
     """Return the bytes of activations under a spread (``_work.spread_of``) for one microbatch of the stage."""
     sums, shares = summarise(kind, is_fused(kind, hardware)), Shares.of(kind, spread, microbatch)
+    stream_input = sums.stream_input.at(shares)
+    waits = stream_input > 0 and not kind.repeated
     return LocalBytes(
-        stream_input=sums.stream_input.at(shares),
+        stream_input=stream_input,
         kept={"none": sums.residuals.at(shares), "dots": sums.residuals_dots.at(shares), "full": 0.0},
         workspace=sums.workspace.at(shares),
         gathered=sums.gathered.at(shares) if spread.sp else 0.0,
@@ -106,7 +111,7 @@ def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, mi
             remat: LiveBytes(
                 moments=tuple((arrays.at(shares), weights.at(shares)) for arrays, weights in live.moments),
                 prefetched=live.prefetched.at(shares) if kind.repeated else 0.0,
-                waiting=0.0 if kind.repeated else live.waiting.at(shares),
+                waiting=live.waiting.at(shares) if waits else 0.0,
             )
             for remat, live in sums.live.items()
         },
@@ -132,6 +137,7 @@ def layer_memory(
     *,
     accumulates: bool,
     borrowing: bool,
+    pipelined: bool = False,
 ) -> dict[str, float]:
     """Return the bytes of one layer by category (residuals: of one microbatch).
 
@@ -142,6 +148,7 @@ def layer_memory(
         training: What the optimizer keeps.
         accumulates: More than one microbatch per step.
         borrowing: A layer before it on the same stage keeps its tied parameters.
+        pipelined: The step is several programs: between them there are sums of gradients and residuals, nothing else.
     """
     zero, remat = strategy.zero, strategy.remat
     held = weights.own if borrowing else weights.held
@@ -151,12 +158,17 @@ def layer_memory(
     temporaries = (
         live.most(gathers=zero >= 3 or borrowing) if live else _workspace(local, weights, remat, zero, borrowing)
     )
+    stacks = _STACKS if accumulates and zero >= 2 and local.repeated and not pipelined else 1
+    waiting = live.waiting if live and not pipelined else 0.0
     return {
         "parameters": held(zero >= 3).stored,
-        "gradients": gradient * (_STACKS if accumulates and zero >= 2 and local.repeated else 1) if lasts else 0.0,
+        "gradients": gradient * stacks if lasts else 0.0,
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
-        "residuals": local.stream_input + local.kept[remat] + (live.waiting if live else 0.0),
-        "live": temporaries + local.gathered + weights.replicated.computed + (0.0 if lasts else gradient),
+        "residuals": local.stream_input + local.kept[remat] + waiting,
+        "live": max(0.0, temporaries - waiting)
+        + local.gathered
+        + weights.replicated.computed
+        + (0.0 if lasts else gradient),
     }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import msgspec
@@ -150,8 +151,9 @@ SCHEDULED = msgspec.structs.replace(LAYER, live={"none": MOMENTS, "dots": MOMENT
 WIDE_BYTES = 2 * INNER_BYTES / 8
 
 
-def scheduled(kind: LayerKind, strategy: Strategy, microbatches: int = 1) -> dict[str, float]:
-    return dict(estimate_layer(kind, strategy, setting(8, microbatch=16, microbatches=microbatches)).memory)
+def scheduled(kind: LayerKind, strategy: Strategy, microbatches: int = 1, slices: int = 1) -> dict[str, float]:
+    place = dataclasses.replace(setting(8, microbatch=16, microbatches=microbatches), slices=slices)
+    return dict(estimate_layer(kind, strategy, place).memory)
 
 
 def test_the_fullest_moment_counts_and_weights_only_where_they_are_gathered() -> None:
@@ -163,10 +165,26 @@ def test_the_fullest_moment_counts_and_weights_only_where_they_are_gathered() ->
 def test_a_layer_outside_the_loop_keeps_the_operands_of_its_gradients_and_makes_these_last() -> None:
     alone = msgspec.structs.replace(SCHEDULED, repeated=False)
     inside, outside = (scheduled(kind, Strategy(dp=8, zero=3)) for kind in (SCHEDULED, alone))
-    assert outside["residuals"] == inside["residuals"] + STREAM_BYTES / 8
+    waiting, prefetched = STREAM_BYTES / 8, 2 * (2 * W)
+    assert outside["residuals"] == inside["residuals"] + waiting
     assert outside["gradients"] == 0
-    assert outside["live"] == inside["live"] - 2 * (2 * W) + inside["gradients"]  # nothing is gathered for a next one
+    # Nothing is gathered for a next one, and what waits counts once.
+    assert outside["live"] == inside["live"] - prefetched - waiting + inside["gradients"]
     assert scheduled(alone, Strategy(dp=8), microbatches=2)["gradients"] == 4 * (W + B)  # sums last
+
+
+def test_between_the_programs_of_a_pipeline_there_are_sums_of_gradients_and_residuals() -> None:
+    loop, piped = (scheduled(SCHEDULED, Strategy(dp=8, zero=3), microbatches=2, slices=n) for n in (1, 2))
+    assert loop["gradients"] == 3 * piped["gradients"]
+    alone = msgspec.structs.replace(SCHEDULED, repeated=False)
+    assert scheduled(alone, Strategy(dp=8), microbatches=2, slices=2)["residuals"] == piped["residuals"]
+
+
+def test_nothing_waits_of_the_layer_with_which_the_backward_pass_ends() -> None:
+    first = msgspec.structs.replace(SCHEDULED, repeated=False, inputs=())
+    memory_of_first = scheduled(first, Strategy(dp=8))
+    assert memory_of_first["residuals"] == scheduled(SCHEDULED, Strategy(dp=8))["residuals"] - STREAM_BYTES / 8
+    assert memory_of_first["live"] == WIDE_BYTES + WHOLE_GRADIENT + 4 * (W + B)  # in both dtypes
 
 
 def test_fused_attention_drops_the_scores() -> None:
