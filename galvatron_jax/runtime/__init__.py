@@ -13,8 +13,6 @@ from ._mesh import StageMesh as StageMesh
 from ._mesh import stage_mesh as stage_mesh
 from ._model import StageModel as StageModel
 from ._model import StageResults as StageResults
-from ._model import plan_model as plan_model
-from ._model import plan_stages as plan_stages
 from ._options import compiler_options as compiler_options
 from ._options import platform_options as platform_options
 from ._pipeline import PipelinePrograms as PipelinePrograms
@@ -27,6 +25,8 @@ from ._slots import Slot as Slot
 from ._stage_calls import Call as Call
 from ._stage_calls import StageCalls as StageCalls
 from ._stage_calls import local_bytes as local_bytes
+from ._stages import plan_model as plan_model
+from ._stages import plan_stages as plan_stages
 from ._step import StagePrograms as StagePrograms
 from ._step import TrainState as TrainState
 from ._turns import in_turn as in_turn

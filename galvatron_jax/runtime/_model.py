@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,8 +32,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..analysis import Analysis, Variable, run_equation
-from ..plan import Plan, Strategy
+from ..analysis import Variable, run_equation
 from ._copies import Copies, copyable, unreduced_axes
 from ._layout import LayerLayout, Role
 from ._mesh import Axes, StageMesh
@@ -41,7 +40,7 @@ from ._order import after_gradients, has_gradient, place_gradients
 from ._relayout import arrive
 from ._runs import Run, find_runs
 from ._segment import Reduction, SegmentFunction, build_segment
-from ._share import Crossing, StageShare, program_leaves, share_out
+from ._share import Crossing, StageShare, program_leaves
 from ._slots import Slot, make_slots
 from ._wire import wire_spec
 
@@ -355,45 +354,6 @@ class StageModel:
     @functools.cached_property
     def _functions(self) -> dict[tuple[int, bool, Reduction], SegmentFunction]:
         return {}
-
-
-def plan_stages(
-    analysis: Analysis, plan: Plan, meshes: Sequence[StageMesh], *, reduces_in_float32: bool = False
-) -> tuple[StageModel, ...]:
-    """Give every stage of ``plan`` its share of the analysed program and its layouts.
-
-    Args:
-        analysis: The model, analysed at the shape of one microbatch.
-        plan: Checked against the analysis (``check_plan``).
-        meshes: Of each stage, in layer order; stages on one slice of devices (chunks) share a mesh.
-        reduces_in_float32: See ``StageModel``.
-
-    Raises:
-        UnsupportedError: the model's state cannot be shared out so.
-    """
-    shares = share_out(analysis, [stage.layer_count for stage in plan.stages])
-    return tuple(
-        StageModel(share, mesh, _layouts(analysis, share, stage.layers(), mesh), reduces_in_float32=reduces_in_float32)
-        for share, stage, mesh in zip(shares, plan.stages, meshes, strict=True)
-    )
-
-
-def plan_model(analysis: Analysis, plan: Plan, mesh: StageMesh, *, reduces_in_float32: bool = False) -> StageModel:
-    """Return the only stage of a one-stage plan, whose step updates as soon as it has its gradients."""
-    (stage,) = plan_stages(analysis, plan, [mesh], reduces_in_float32=reduces_in_float32)
-    return dataclasses.replace(stage, gradient_role="optimizer")
-
-
-def _layouts(
-    analysis: Analysis, share: StageShare, layers: Iterable[tuple[str, Strategy]], mesh: StageMesh
-) -> tuple[LayerLayout, ...]:
-    known: dict[tuple[str, Strategy], LayerLayout] = {}
-    layouts = []
-    for segment, (_, strategy) in zip(share.segments, layers, strict=True):
-        key = (segment.kind, strategy)
-        known.setdefault(key, LayerLayout(analysis.kinds[segment.kind], strategy, mesh))
-        layouts.append(known[key])
-    return tuple(layouts)
 
 
 def _placed(value: Any, place: NamedSharding) -> Any:

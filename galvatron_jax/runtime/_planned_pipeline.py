@@ -21,10 +21,11 @@ from ..schedule import Schedule, build_schedule
 from ._cut_optimizer import CutOptimizer, Values
 from ._events import Event, Phase, check_order, forwards_only, global_order, project
 from ._mesh import StageMesh, stage_mesh
-from ._model import StageModel, plan_stages
+from ._model import StageModel
 from ._passes import StagePasses
 from ._pipeline_stage import PipelineStage
 from ._stage_optimizer import StageOptimizer, receive
+from ._stages import plan_stages
 from ._wiring import Tie, find_ties, gradient_place, weight_place
 
 
