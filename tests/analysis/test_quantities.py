@@ -142,6 +142,8 @@ def _really_kept(kind: AnalysedKind, remat: Remat) -> Counter[tuple[str, int]]:
         return jax.tree.leaves(pullback)
 
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in kind.layer.segment.inputs]
+    for index, stored in zip(kind.layer.parameters, kind.stored_shapes, strict=True):
+        shapes[index] = jax.ShapeDtypeStruct(stored, shapes[index].dtype)
     program = jax.make_jaxpr(kept)(shapes).jaxpr
     made = {variable for eqn in program.eqns for variable in eqn.outvars}
     found = {variable for variable in program.outvars if variable in made}
