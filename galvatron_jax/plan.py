@@ -32,6 +32,10 @@ class PlanRun(Value, frozen=True, kw_only=True):
     strategy: Strategy
 
 
+RUNS_SHOWN = 8
+"""Runs of layers that a message lists."""
+
+
 class Stage(Value, frozen=True, kw_only=True):
     """A contiguous slice of layers on a contiguous slice of ``devices`` devices."""
 
@@ -308,11 +312,12 @@ def _model_violations(plan: Plan, model: ModelProfile) -> list[str]:
 
 
 def _runs_text(kinds: list[str]) -> str:
-    """``["embed", "block", "block"]`` as ``"1 embed, 2 block"``."""
+    """``["embed", "block", "block"]`` as ``"1 embed, 2 block"``; of many runs the first ones."""
     runs: list[list[object]] = []
     for kind in kinds:
         if runs and runs[-1][1] == kind:
             runs[-1][0] = int(str(runs[-1][0])) + 1
         else:
             runs.append([1, kind])
-    return ", ".join(f"{count} {kind}" for count, kind in runs) or "no layers"
+    more = f", ... ({len(kinds)} layers in {len(runs)} runs)" if len(runs) > RUNS_SHOWN else ""
+    return ", ".join(f"{count} {kind}" for count, kind in runs[:RUNS_SHOWN]) + more or "no layers"

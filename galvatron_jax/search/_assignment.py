@@ -38,6 +38,8 @@ class Assigner:
     capacity_bytes: float
     poll: Callable[[], None] = lambda: None
     """Called before every knapsack; may raise to stop the search."""
+    exact: bool = True
+    """False: stages of one section get good strategies that fit, at once (``_knapsack.rounded``)."""
     _boards: dict[tuple[Weights, int, str], Board] = field(default_factory=dict)
     _slices: dict[Span, SharedSlice] = field(default_factory=dict)
     _solved: dict[tuple[Span, SliceWeights], SliceChoice | None] = field(default_factory=dict)
@@ -71,7 +73,9 @@ class Assigner:
         """Return the options under one objective."""
         key = (weights, in_flight, keeps)
         if key not in self._boards:
-            self._boards[key] = Board.make(self.prices, weights, in_flight, keeps=keeps, poll=self.poll)
+            self._boards[key] = Board.make(
+                self.prices, weights, in_flight, keeps=keeps, poll=self.poll, exact=self.exact
+            )
         return self._boards[key]
 
     def _shared(self, span: Span) -> SharedSlice:

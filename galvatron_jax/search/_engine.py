@@ -216,12 +216,25 @@ class Engine:
             self._given_up, found = min(self._given_up, bound), None
             if pipeline is None:
                 return
+            self._try_roughly(candidate)
         entry = next(entry for entry in heap if entry[3] is pipeline)
         heap.remove(entry)  # not before: until its proof is complete its bound is part of what is proven
         heapq.heapify(heap)
         self._solved += 1
         if found is not None:
             self._keep(candidate, found)
+
+    def _try_roughly(self, candidate: Candidate) -> None:
+        """Look for a good plan of a candidate whose best one is too hard to find."""
+        prices = self.prices_of(candidate)
+        assert prices is not None
+        assigner = Assigner(prices, self.problem.budget_bytes, self._ask, exact=False)
+        line = Slices(prices, assigner, candidate.shape, candidate.microbatches)
+        limit = self._limit(candidate.global_batch)
+        with contextlib.suppress(TooHard):
+            found = Pipeline(line, lambda solution: self._report(candidate, solution), limit).solve(limit)
+            if found is not None:
+                self._keep(candidate, found)
 
     def _bounded(self, entry: _Entry) -> _Entry | None:
         """Return the entry with its next bound; None when that reaches the limit."""

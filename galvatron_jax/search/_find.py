@@ -15,7 +15,7 @@ from ..profile import HardwareProfile, ModelProfile
 from ._baselines import Baseline, price_baselines
 from ._engine import LAST_EFFORT_S, Engine, Outcome, Stop
 from ._infeasible import explain_infeasible
-from ._plan_building import outcome_plan, peak_bytes
+from ._plan_building import certified, outcome_plan, peak_bytes
 from ._pricing import PriceList, Problem
 from ._rules import Rule
 from ._space import Limits, default_batches
@@ -91,7 +91,8 @@ def find_plan(
         watch: Called often; may end the search.
 
     Raises:
-        GalvatronError: an argument is out of range, or ``watch`` ended the search before it had a plan.
+        GalvatronError: an argument is out of range; ``watch`` ended the search before it had a plan; or the time limit
+            did, and no baseline fits (or there are rules, which baselines do not keep).
         InfeasibleError: nothing in the space fits the memory budget.
         DocumentError: the hardware profile lacks the rate of a dtype that the model computes in.
     """
@@ -112,13 +113,22 @@ def find_plan(
         budget_bytes=memory_budget(hardware) if memory_bytes is None else memory_bytes,
         limits=limits,
     )
-    split = split_layers(problem)
+    return _solve(split_layers(problem), batches, start, time_limit_s, watch)
+
+
+def _solve(
+    split: Split, batches: tuple[int, ...], start: float, time_limit_s: float | None, watch: Watch | None
+) -> SearchResult:
     engine = Engine(split.problem, batches, _poll(start, time_limit_s, watch))
-    outcome, plan = _search_or_explain(engine)
-    unruled = Engine(split.given, batches) if limits.rules else engine
+    outcome, plan = search(engine)
+    if plan is None and not outcome.stopped:
+        raise explain_infeasible(engine)
+    ruled = bool(split.problem.limits.rules)
+    unruled = Engine(split.given, batches) if ruled else engine
+    baselines = price_baselines(unruled, LAST_EFFORT_S if outcome.stopped else inf)
     return SearchResult(
-        plan=split.restore(plan),
-        baselines=price_baselines(unruled, LAST_EFFORT_S if outcome.stopped else inf),
+        plan=split.restore(plan or _usual_plan(() if ruled or (watch and watch(None)) else baselines, outcome)),
+        baselines=baselines,
         global_batches=batches,
         candidates=outcome.candidates,
         solved=outcome.solved,
@@ -128,17 +138,15 @@ def find_plan(
     )
 
 
-def _search_or_explain(engine: Engine) -> tuple[Outcome, Plan]:
-    """Run the engine; raise what explains why there is no plan."""
-    outcome, plan = search(engine)
-    if plan is not None:
-        return outcome, plan
-    if outcome.stopped:
+def _usual_plan(baselines: Sequence[Baseline], outcome: Outcome) -> Plan:
+    """Return the fastest baseline, with what a search that was stopped without a plan of its own has proven."""
+    fitting = [(b.seconds_per_sample, b.plan) for b in baselines if b.plan and b.seconds_per_sample is not None]
+    if not fitting:
         raise GalvatronError(
             "the search was stopped before it had a plan",
             action="give it more time, or less to search: --max-tp, --no-pp, --space, --pin",
         )
-    raise explain_infeasible(engine)
+    return certified(min(fitting, key=lambda pair: pair[0])[1], outcome.bound_s_per_sample)
 
 
 def best_plan(

@@ -17,15 +17,20 @@ feasible and costs at most the difference of the two. So a list up to that diffe
 made for a part of that difference first: if it is not empty, its best entry is the optimum.
 
 **Thinning.** When only the best assignment is wanted, a beginning that is neither cheaper nor smaller than another
-one of as many items can go.
+one of as many items can go. A group is listed option by option: one step each, however many items there are. Where
+the numbers of items left make that list long, it is listed item by item instead: a step for every item, but
+beginnings of equally many items, of which few stay.
+
+**Rounding.** All items at the options that are least at the price of the bound, the smaller ones where two tie, is
+feasible; then as many take the larger one as there is room for (``rounded``).
 
 Complexity: the number of listed beginnings, in practice tens; at most the number of assignments, and never more than
-``MOST_ROWS`` (``TooHard``).
+``MOST_ROWS`` in one step (``TooHard``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -42,7 +47,9 @@ FIRST_DEPTH = 16.0
 DEEPENING = 4.0
 """How much further each next list goes."""
 MOST_ROWS = 100_000
-"""Beginnings that are listed; each takes some hundred bytes."""
+"""Beginnings that are listed in one step; each takes some hundred bytes."""
+LONG_ROWS = 20_000
+"""Thinned lists are not made longer than this option by option."""
 FEW_ROWS = 32
 """Shorter lists are not worth thinning."""
 
@@ -104,36 +111,76 @@ def best_dual(groups: Sequence[Group], capacity: float) -> Dual | None:
 
 
 def assignments_within(
-    groups: Sequence[Group], capacity: float, limit: float, dual: Dual, *, thin: bool = False
+    groups: Sequence[Group],
+    capacity: float,
+    limit: float,
+    dual: Dual,
+    *,
+    thin: bool = False,
+    poll: Callable[[], None] = lambda: None,
 ) -> Assignments:
     """Return all feasible assignments that cost at most ``limit``; with ``thin``, at least the best of them."""
     rows = _Rows.first(_slack(limit - dual.bound, dual.bound), thin)
     for group in groups:
-        rows = rows.extended(group, dual.price)
+        rows = rows.extended(group, dual.price, poll)
     keep = (rows.size <= capacity) & (rows.cost <= limit)
     return Assignments(rows.cost[keep], rows.size[keep], rows.counts[keep])
 
 
-def cheapest(groups: Sequence[Group], capacity: float, limit: float = np.inf) -> Assignments | None:
+def cheapest(
+    groups: Sequence[Group], capacity: float, limit: float = np.inf, poll: Callable[[], None] = lambda: None
+) -> Assignments | None:
     """Return the cheapest feasible assignment that costs at most ``limit`` as one row; None when there is none.
 
-    Of equally cheap assignments the smaller one is returned, then the one that comes first.
+    Of equally cheap assignments the smaller one is returned, then the one that comes first. ``poll`` is called between
+    the steps of long lists; what it raises ends the search.
     """
     dual = best_dual(groups, capacity)
     if dual is None or dual.bound > _slack(limit, limit):
         return None
-    smallest = sum(g.count * float(g.menu.cost[g.menu.size == g.menu.size.min()].min()) for g in groups)
-    most = min(limit, _slack(smallest, smallest))
+    near = rounded(groups, capacity)
+    most = limit if near is None else min(limit, _slack(float(near.cost[0]), float(near.cost[0])))
     gap = _rounding_gap(groups, dual.price) / FIRST_DEPTH
     while True:
         within = min(most, _slack(dual.bound + gap, dual.bound))
-        found = assignments_within(groups, capacity, within, dual, thin=True)
+        found = assignments_within(groups, capacity, within, dual, thin=True, poll=poll)
         if len(found.cost):
             row = np.lexsort((found.size, found.cost))[:1]
             return Assignments(found.cost[row], found.size[row], found.counts[row])
         if within >= most:
             return None
         gap = DEEPENING * gap + RELATIVE_ROUNDING * abs(dual.bound)
+
+
+def rounded(groups: Sequence[Group], capacity: float, limit: float = np.inf) -> Assignments | None:
+    """Return the relaxed optimum rounded to whole items, as one row; None when it exceeds ``limit`` or nothing fits."""
+    dual = best_dual(groups, capacity)
+    if dual is None:
+        return None
+    counts, room = [np.zeros(len(group.menu.cost), np.int64) for group in groups], capacity
+    cost, pairs = 0.0, [_tied(group.menu, dual.price) for group in groups]
+    for group, taken, (small, _) in zip(groups, counts, pairs, strict=True):
+        taken[small] = group.count
+        room -= group.count * float(group.menu.size[small])
+    for group, taken, (small, large) in zip(groups, counts, pairs, strict=True):
+        more = float(group.menu.size[large] - group.menu.size[small])
+        moved = min(group.count, int(room / more)) if more > 0 else 0
+        taken[small], taken[large] = group.count - moved, taken[large] + moved
+        room -= moved * more
+        cost += float(sum(taken * group.menu.cost))
+    if cost > limit or room < 0:
+        return None
+    return Assignments(np.array([cost]), np.array([capacity - room]), np.concatenate(counts)[None])
+
+
+def _tied(menu: Menu, price: float) -> tuple[int, int]:
+    """The smallest and the cheapest of the options that are least at a byte price."""
+    priced = menu.cost + price * menu.size
+    tied = np.flatnonzero(priced <= _slack(float(priced.min()), float(priced.min())))
+    by_size, by_cost = (
+        np.lexsort(keys)[0] for keys in ((menu.cost[tied], menu.size[tied]), (menu.size[tied], menu.cost[tied]))
+    )
+    return int(tied[by_size]), int(tied[by_cost])
 
 
 def _rounding_gap(groups: Sequence[Group], price: float) -> float:
@@ -169,21 +216,59 @@ class _Rows:
         """The empty assignment."""
         return cls(np.full(1, gap), np.zeros(1), np.zeros(1), np.zeros((1, 0), np.int64), np.zeros(1, np.int64), thin)
 
-    def extended(self, group: Group, price: float) -> _Rows:
+    def extended(self, group: Group, price: float, poll: Callable[[], None]) -> _Rows:
         """All ways to assign one more group within the gap."""
-        menu = group.menu
-        priced = menu.cost + price * menu.size
+        priced = group.menu.cost + price * group.menu.size
         reduced = priced - priced.min()
         reduced[reduced <= _slack(0.0, float(priced.min()))] = 0.0
-        widest, base = self.left.max(initial=0.0), self.counts.shape[1]
-        options = [int(i) for i in np.argsort(-reduced, kind="stable") if reduced[i] <= widest]
+        widest = self.left.max(initial=0.0)
+        options = np.argsort(-reduced, kind="stable")
+        options = options[reduced[options] <= widest]
+        rows = self._option_by_option(group, reduced, options)
+        if rows is None and self.thin:
+            rows = self._item_by_item(group, reduced, options, poll)
+        if rows is None:
+            raise TooHard
+        return rows
+
+    def _option_by_option(self, group: Group, reduced: Floats, options: Ints) -> _Rows | None:
+        """Take every option 0, 1, 2, ... times; None when that is too long a list."""
+        base, longest = self.counts.shape[1], LONG_ROWS if self.thin else MOST_ROWS
         counts = np.concatenate([self.counts, np.zeros((len(self.left), len(reduced)), np.int64)], axis=1)
         rows = replace(self, counts=counts, remaining=np.full(len(self.left), group.count))
-        for option in options[:-1]:
+        for option in options[:-1].tolist():
             most = _most(rows.left, float(reduced[option]), rows.remaining)
-            rows = rows._taking(*_up_to(most), menu, option, base, float(reduced[option]))._thinned()
+            if len(most) + int(most.sum()) > longest:
+                return None
+            rows = rows._taking(*_up_to(most), group.menu, option, base, float(reduced[option]))._thinned()
         everything = np.arange(len(rows.left))
-        return rows._taking(everything, rows.remaining, menu, options[-1], base, 0.0)._thinned()
+        return rows._taking(everything, rows.remaining, group.menu, int(options[-1]), base, 0.0)._thinned()
+
+    def _item_by_item(self, group: Group, reduced: Floats, options: Ints, poll: Callable[[], None]) -> _Rows | None:
+        """Give every item in turn an option; None when that is too long a list too."""
+        start, taken = np.arange(len(self.left)), np.zeros((len(self.left), len(reduced)), np.int64)
+        rows = self
+        for _ in range(group.count):
+            poll()
+            parent, which = np.nonzero(rows.left[:, None] >= reduced[options])
+            if len(parent) > MOST_ROWS:
+                return None
+            option = options[which]
+            cost, size = rows.cost[parent] + group.menu.cost[option], rows.size[parent] + group.menu.size[option]
+            keep = _front(cost, size, np.zeros(len(cost), np.int64))
+            start, taken = start[parent[keep]], taken[parent[keep]]
+            taken[np.arange(len(keep)), option[keep]] += 1
+            rows = self._with(start, taken, group.menu, reduced)
+        return rows
+
+    def _with(self, start: Ints, taken: Ints, menu: Menu, reduced: Floats) -> _Rows:
+        """Rows that took so many of each option of one group; equal numbers give equal sums, to the last bit."""
+        left, cost, size = self.left[start], self.cost[start], self.size[start]
+        for option, number in enumerate(taken.T):
+            left = left - number * reduced[option]
+            cost, size = cost + number * menu.cost[option], size + number * menu.size[option]
+        counts = np.concatenate([self.counts[start], taken], axis=1)
+        return _Rows(left, cost, size, counts, np.zeros(len(start), np.int64), self.thin)
 
     def _taking(self, parent: Ints, taken: Ints, menu: Menu, option: int, base: int, reduced: float) -> _Rows:
         counts = self.counts[parent]
@@ -201,15 +286,20 @@ class _Rows:
         """Without the rows that another row with as many remaining items beats or equals in cost and size."""
         if not self.thin or len(self.left) < FEW_ROWS:
             return self
-        order = np.lexsort((self.cost, self.size, self.remaining))
-        rank = np.empty(len(order), np.int64)
-        rank[np.argsort(self.cost[order], kind="stable")] = np.arange(len(order))
-        # cheapest so far within each number of remaining items: every next number starts below all ranks before it
-        keys = rank - len(order) * (self.remaining[order] - self.remaining.min())
-        keep = order[keys < np.concatenate([[keys[0] + 1], np.minimum.accumulate(keys)[:-1]])]
+        keep = _front(self.cost, self.size, self.remaining)
         return _Rows(
             self.left[keep], self.cost[keep], self.size[keep], self.counts[keep], self.remaining[keep], self.thin
         )
+
+
+def _front(cost: Floats, size: Floats, remaining: Ints) -> Ints:
+    """The rows that no row with as many remaining items beats or equals in cost and size."""
+    order = np.lexsort((cost, size, remaining))
+    rank = np.empty(len(order), np.int64)
+    rank[np.argsort(cost[order], kind="stable")] = np.arange(len(order))
+    # cheapest so far within each number of remaining items: every next number starts below all ranks before it
+    keys = rank - len(order) * (remaining[order] - remaining.min())
+    return np.asarray(order[keys < np.concatenate([[keys[0] + 1], np.minimum.accumulate(keys)[:-1]])])
 
 
 def _most(left: Floats, reduced: float, remaining: Ints) -> Ints:
@@ -221,8 +311,6 @@ def _most(left: Floats, reduced: float, remaining: Ints) -> Ints:
 
 def _up_to(most: Ints) -> tuple[Ints, Ints]:
     """Each row index repeated for 0, 1, ... ``most[row]`` items, and those numbers."""
-    if len(most) + int(most.sum()) > MOST_ROWS:
-        raise TooHard
     parent = np.repeat(np.arange(len(most)), most + 1)
     starts = np.cumsum(most + 1) - (most + 1)
     return parent, np.arange(len(parent)) - starts[parent]

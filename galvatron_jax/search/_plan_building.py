@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import msgspec
 
 from ..cost import estimate_plan
@@ -48,9 +50,14 @@ def outcome_plan(problem: Problem, outcome: Outcome) -> Plan | None:
         return None
     stages = tuple(_runs(outcome.prices, choice) for choice in outcome.solution.choices)
     plan = priced_plan(problem, outcome.candidate, stages)
+    return certified(plan, outcome.bound_s_per_sample if outcome.stopped else inf)
+
+
+def certified(plan: Plan, bound_s_per_sample: float) -> Plan:
+    """Return a priced plan with its certificate: no plan of the space takes less than the bound for one sample."""
     assert plan.predicted is not None
     step_time_s = plan.predicted.step_time_s
-    bound_s = min(step_time_s, outcome.bound_s_per_sample * plan.global_batch) if outcome.stopped else step_time_s
+    bound_s = min(step_time_s, bound_s_per_sample * plan.global_batch)
     certificate = Certificate(
         optimal=bound_s == step_time_s, lower_bound_s=bound_s, gap=(step_time_s - bound_s) / step_time_s
     )

@@ -19,13 +19,17 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from ._dominance import undominated
-from ._knapsack import Assignments, Dual, Floats, Group, Ints, Menu, assignments_within, best_dual, cheapest
+from ._knapsack import Assignments, Dual, Floats, Group, Ints, Menu, assignments_within, best_dual, cheapest, rounded
 from ._patterns import Pattern, Step, patterns
 from ._pricing import Prices
 from ._relaxation import Relaxation
 
 ROUNDING = 1e-12
 """Relative slack when a bound is compared with a value that was summed in another order."""
+
+
+GOOD_PATTERNS = 8
+"""Patterns that are tried where a good choice is enough."""
 
 
 class Weights(NamedTuple):
@@ -117,10 +121,14 @@ class Board:
     """Relayout cost by kind that takes the stream."""
     poll: Callable[[], None]
     """Called before every knapsack; may raise to stop the search."""
+    exact: bool = True
+    """Whether the best choice is wanted, or a good one at once."""
     _menus: dict[tuple[int, tuple[int, ...] | None, float], Menu] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, prices: Prices, weights: Weights, in_flight: int, *, keeps: str, poll: Callable[[], None]) -> Board:
+    def make(
+        cls, prices: Prices, weights: Weights, in_flight: int, *, keeps: str, poll: Callable[[], None], exact: bool
+    ) -> Board:
         """Weigh all options.
 
         Args:
@@ -130,6 +138,7 @@ class Board:
             keeps: ``"best"`` drops options that are beaten in (cost, bytes, live bytes), ``"coupled"`` those beaten at
                 any number of microbatches in flight, ``"all"`` none.
             poll: Called before every knapsack; may raise to stop the search.
+            exact: Whether the best choice is wanted, or a good one at once.
         """
         columns: list[tuple[Ints, Floats, Floats, Floats, Ints]] = []
         for kind in prices.kinds:
@@ -145,7 +154,7 @@ class Board:
             columns.append((keep, cost[keep], size[keep], kind.live_bytes[keep], kind.layout[keep]))
         rows, costs, sizes_, lives, layouts = (tuple(column) for column in zip(*columns, strict=True))
         inside = tuple(weights.forward * r.forward_s + weights.backward * r.backward_s for r in prices.relayouts)
-        return cls(prices, weights, rows, costs, sizes_, lives, layouts, inside, poll)
+        return cls(prices, weights, rows, costs, sizes_, lives, layouts, inside, poll, exact)
 
     @functools.cached_property
     def relaxation(self) -> Relaxation:
@@ -174,11 +183,18 @@ class Board:
         return self.weights.forward * seconds[0] + self.weights.backward * seconds[1]
 
 
-class _Slot(NamedTuple):
-    """A group of the knapsack, and the run of the stage that its layers belong to."""
+class _Pool(NamedTuple):
+    """Layers that choose from one menu, wherever they stand: one group of the knapsack."""
 
-    run: int
-    group: Group
+    kind: int
+    menu: Menu
+    takers: list[tuple[int, int]]
+    """(run of the stage, number of its layers) in order."""
+
+    @property
+    def group(self) -> Group:
+        """All layers of the pool."""
+        return Group(sum(layers for _, layers in self.takers), self.menu)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -206,18 +222,23 @@ class Case:
             yield pattern._replace(bound=pattern.bound - rent)
 
     def best(self, limit: float) -> StageChoice | None:
-        """Return the best choice if it costs at most ``limit``."""
+        """Return the best choice if it costs at most ``limit``; a good one if the board is not exact."""
         best = None
-        for pattern in self.patterns(every=False):
+        for pattern in itertools.islice(self.patterns(every=False), None if self.board.exact else GOOD_PATTERNS):
             self.board.poll()
             if pattern.bound > limit + self._slack(limit):
                 break
-            slots, moves = self._slots(pattern), self._moves(pattern)
-            found = cheapest([slot.group for slot in slots], self.room, limit - self._weigh(moves))
+            pools, moves = self._pools(pattern), self._moves(pattern)
+            found = self._assigned([pool.group for pool in pools], limit - self._weigh(moves))
             if found is not None and (best is None or float(found.cost[0]) + self._weigh(moves) < limit):
-                best = self._choices(pattern, slots, moves, found)[0]
+                best = self._choices(pattern, pools, moves, found)[0]
                 limit = best.cost(self.board.weights)
         return best
+
+    def _assigned(self, groups: list[Group], limit: float) -> Assignments | None:
+        if self.board.exact:
+            return cheapest(groups, self.room, limit, self.board.poll)
+        return rounded(groups, self.room, limit)
 
     def all(self, limit: float) -> list[StageChoice]:
         """Return the choices that cost at most ``limit``, without those that others of the same pattern beat."""
@@ -232,13 +253,14 @@ class Case:
 
     def _all(self, pattern: Pattern, limit: float) -> list[StageChoice]:
         self.board.poll()
-        slots, moves = self._slots(pattern), self._moves(pattern)
-        groups = [slot.group for slot in slots]
+        pools, moves = self._pools(pattern), self._moves(pattern)
+        groups = [pool.group for pool in pools]
         dual = best_dual(groups, self.room)
         if dual is None:
             return []
-        found = assignments_within(groups, self.room, limit - self._weigh(moves) + ROUNDING * abs(limit), dual)
-        return self._choices(pattern, slots, moves, found)
+        within = limit - self._weigh(moves) + ROUNDING * abs(limit)
+        found = assignments_within(groups, self.room, within, dual, poll=self.board.poll)
+        return self._choices(pattern, pools, moves, found)
 
     def _step(self, run: int) -> Step:
         (kind, layers), board = self.section.runs[run], self.board
@@ -254,16 +276,17 @@ class Case:
             return np.zeros(len(self.board.prices.layouts))
         return self.board.wire(self.board.prices.relayouts[self.section.leaves_to].to_wire_s)
 
-    def _slots(self, pattern: Pattern) -> list[_Slot]:
+    def _pools(self, pattern: Pattern) -> list[_Pool]:
         """One layer in each of several stops, and the other layers of the run wherever they like."""
-        slots = []
+        pools: dict[tuple[int, tuple[int, ...]], _Pool] = {}
         for run, ((kind, layers), stops) in enumerate(zip(self.section.runs, pattern.stops, strict=True)):
             single = stops if len(stops) > 1 else ()
-            slots += [_Slot(run, Group(1, self.board.menu(kind, (stop,), self.threshold))) for stop in single]
-            if layers > len(single):
-                bulk = self.board.menu(kind, tuple(sorted(set(stops))), self.threshold)
-                slots.append(_Slot(run, Group(layers - len(single), bulk)))
-        return slots
+            rest = layers - len(single)
+            for layouts, count in [*(((stop,), 1) for stop in single), (tuple(sorted(set(stops))), rest)]:
+                if count:
+                    menu = self.board.menu(kind, layouts, self.threshold)
+                    pools.setdefault((kind, layouts), _Pool(kind, menu, [])).takers.append((run, count))
+        return list(pools.values())
 
     def _moves(self, pattern: Pattern) -> Floats:
         """Seconds of all relayouts of a pattern: (forward, backward)."""
@@ -282,34 +305,43 @@ class Case:
     def _weigh(self, moves: Floats) -> float:
         return float(self.board.weights.forward * moves[0] + self.board.weights.backward * moves[1])
 
-    def _choices(self, pattern: Pattern, slots: list[_Slot], moves: Floats, found: Assignments) -> list[StageChoice]:
-        owners: list[tuple[int, int]] = []
-        times = np.tile(np.append(moves, 0.0), (len(found.cost), 1))
-        for slot in slots:
-            kind = self.section.runs[slot.run][0]
-            prices = self.board.prices.kinds[kind]
-            for row in self.board.rows[kind][slot.group.menu.ids].tolist():
+    def _choices(self, pattern: Pattern, pools: list[_Pool], moves: Floats, found: Assignments) -> list[StageChoice]:
+        times, column = np.tile(np.append(moves, 0.0), (len(found.cost), 1)), 0
+        for pool in pools:
+            prices = self.board.prices.kinds[pool.kind]
+            for row in self.board.rows[pool.kind][pool.menu.ids].tolist():
                 # option by option: in a matrix product the order of summation would depend on the machine
                 each = prices.forward_s[row], prices.backward_s[row], prices.step_end_s[row]
-                times += found.counts[:, len(owners), None] * np.array(each)
-                owners.append((slot.run, row))
+                times += found.counts[:, column, None] * np.array(each)
+                column += 1
         kept = range(1) if len(times) == 1 else np.flatnonzero(undominated(times))
         return [
             StageChoice(float(times[i, 0]), float(times[i, 1]), float(times[i, 2]), runs)
             for i in kept
-            for runs in [self._runs(pattern, owners, found.counts[i])]
+            for runs in [self._runs(pattern, pools, found.counts[i].tolist())]
         ]
 
-    def _runs(self, pattern: Pattern, owners: list[tuple[int, int]], counts: Ints) -> tuple[tuple[int, int, int], ...]:
+    def _runs(self, pattern: Pattern, pools: list[_Pool], counts: list[int]) -> tuple[tuple[int, int, int], ...]:
         """Put the layers of one assignment in order: run by run, stop by stop."""
+        taken = self._handed_out(pools, counts)
         ordered: list[tuple[int, int, int]] = []
         for run, ((kind, _), stops) in enumerate(zip(self.section.runs, pattern.stops, strict=True)):
             layers: dict[int, list[int]] = {stop: [] for stop in stops}
-            for (owner, row), count in sorted(zip(owners, counts.tolist(), strict=True)):
-                if owner == run and count:
-                    layers[int(self.board.prices.kinds[kind].layout[row])] += [row] * count
+            for row in sorted(taken[run]):
+                layers[int(self.board.prices.kinds[kind].layout[row])].append(row)
             for position, stop in enumerate(stops):
                 here = layers[stop][:1] if stop in stops[position + 1 :] else layers[stop]
                 layers[stop] = layers[stop][len(here) :]
                 ordered += [(kind, row, here.count(row)) for row in dict.fromkeys(here)]
         return tuple(ordered)
+
+    def _handed_out(self, pools: list[_Pool], counts: list[int]) -> list[list[int]]:
+        """The option of every layer, by run: of one pool, the first runs take the first options."""
+        taken: list[list[int]] = [[] for _ in self.section.runs]
+        column = iter(counts)
+        for pool in pools:
+            rows = self.board.rows[pool.kind][pool.menu.ids].tolist()
+            every = iter([row for row in rows for _ in range(next(column))])
+            for run, layers in pool.takers:
+                taken[run] += itertools.islice(every, layers)
+        return taken

@@ -65,17 +65,30 @@ def test_time_limit_ends_a_search_that_has_no_plan_too(
         search(time_limit_s=0.0, memory_bytes=1, microbatches=microbatches)
 
 
+def test_search_stopped_without_a_plan_of_its_own_gives_the_best_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = search().plan
+    monkeypatch.setattr(_find, "FIRST_PLAN_S", -1.0)
+    stopped = search(time_limit_s=0.0)
+    assert stopped.stopped
+    assert stopped.plan.certificate is not None
+    usual = [b.seconds_per_sample for b in stopped.baselines if b.seconds_per_sample is not None]
+    assert predicted_s(stopped.plan) / stopped.plan.global_batch == min(usual)
+    assert stopped.plan.certificate.lower_bound_s / stopped.plan.global_batch <= predicted_s(best) / best.global_batch
+
+
 @pytest.mark.parametrize(
-    ("module", "name"), [(_partition, "MOST_BRANCHES"), (_pipeline, "MOST_BOUNDARIES"), (_knapsack, "MOST_ROWS")]
+    ("module", "names"),
+    [(_partition, ["MOST_BRANCHES"]), (_pipeline, ["MOST_BOUNDARIES"]), (_knapsack, ["MOST_ROWS", "LONG_ROWS"])],
 )
 @pytest.mark.parametrize("seed", [0, 2, 9, 16, 18, 12])
 def test_candidate_too_hard_to_solve_leaves_a_true_bound(
-    seed: int, module: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+    seed: int, module: ModuleType, names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = small_problem(seed)
     problem = small.problem(quantile([tried.peak_bytes for tried in every_plan(*small)], 0.3))
     best = Engine(problem, small.batches).run()
-    monkeypatch.setattr(module, name, 1)
+    for name in names:
+        monkeypatch.setattr(module, name, 1)
     found = Engine(problem, small.batches).run()
     assert best.solution is not None
     assert not best.stopped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -10,10 +11,13 @@ import pytest
 
 from galvatron_jax.cluster import parse_cluster
 from galvatron_jax.cost import estimate_plan
-from galvatron_jax.plan import Plan, PlanRun, Stage, model_reference
+from galvatron_jax.plan import Plan, PlanRun, Stage, Training, model_reference
 from galvatron_jax.profile import LayerRun
-from galvatron_jax.search import find_plan
+from galvatron_jax.search import _knapsack, find_plan
+from galvatron_jax.search._engine import Engine
+from galvatron_jax.search._find import search
 from galvatron_jax.search._plan_building import peak_bytes
+from galvatron_jax.search._pricing import Problem
 from galvatron_jax.search._space import Limits, even_cuts, legal, shapes, stage_counts, stage_strategies
 from tests.search.brute_force import work
 from tests.search.problems import model_of, random_hardware
@@ -22,6 +26,8 @@ MESHES = ("1x1", "1x2", "1x3", "2x2", "1x5", "1x6", "3x2", "1x8", "2x4", "3x4", 
 LAYERS = ("e1 l5 h1", "e1 l2 d2 h1", "l3 d1 l3", "e1 l1 d1 l1 d1 h1", "e1 l8 h1")
 PLANS = 60
 SAME = 1e-11
+NEAR = 0.01
+"""Largest proven gap of a good plan that is not the best."""
 
 
 def random_plan(model, cluster, hardware, batch: int, draw: random.Random) -> Plan | None:  # type: ignore[no-untyped-def]
@@ -89,3 +95,45 @@ def test_mixed_kinds_in_any_order_are_solved() -> None:
     found = find_plan(model, parse_cluster("2x2"), random_hardware(draw), global_batches=(8,), memory_bytes=10**12)
     assert found.plan.certificate is not None
     assert found.plan.certificate.optimal
+
+
+def alternating_problem(share: float) -> Problem:
+    """Return 40 layers of two kinds in turn, under a budget that is ``share`` of what the fastest plan needs."""
+    draw = random.Random(7)
+    model = model_of("e1 l1 d1 h1", draw)
+    kinds = ("embed", *("layers.*", "decoder.*") * 20, "head")
+    model = msgspec.structs.replace(model, layers=tuple(LayerRun(kind=kind, count=1) for kind in kinds))
+    problem = Problem(
+        model=model,
+        cluster=parse_cluster("2x4"),
+        hardware=random_hardware(random.Random(7)),
+        training=Training(),
+        budget_bytes=1e18,
+        limits=Limits(max_stages=1),
+    )
+    _, free = search(Engine(problem, (16,)))
+    assert free is not None
+    return dataclasses.replace(problem, budget_bytes=int(peak_bytes(free) * share))
+
+
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.8, 0.9])
+def test_layers_that_alternate_one_by_one_are_solved(share: float) -> None:
+    """Layers of one kind and layout are one group of the knapsack, wherever they stand."""
+    problem = alternating_problem(share)
+    _, plan = search(Engine(problem, (16,)))
+    assert plan is not None
+    assert plan.certificate is not None
+    assert plan.certificate.optimal
+    assert peak_bytes(plan) <= problem.budget_bytes
+
+
+@pytest.mark.parametrize("share", [0.6, 0.7, 0.9])
+def test_problem_too_hard_to_solve_has_a_good_plan(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = alternating_problem(share)
+    monkeypatch.setattr(_knapsack, "LONG_ROWS", 2000)
+    monkeypatch.setattr(_knapsack, "MOST_ROWS", 2000)
+    _, plan = search(Engine(problem, (16,)))
+    assert plan is not None
+    assert plan.certificate is not None
+    assert 0 < plan.certificate.gap < NEAR
+    assert peak_bytes(plan) <= problem.budget_bytes
