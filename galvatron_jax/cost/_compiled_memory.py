@@ -23,7 +23,7 @@ from ..measured import MeasuredMemory, MemoryTable
 from ..plan import Plan
 from ..profile import HardwareProfile, LayerKind, ModelProfile
 from ..strategy import Strategy
-from ._kind import is_fused
+from ._measured import of_device
 from ._values import Setting
 
 Formula = Callable[[Strategy, Setting], Mapping[str, float]]
@@ -32,12 +32,7 @@ Formula = Callable[[Strategy, Setting], Mapping[str, float]]
 
 def valid_memory(kind: LayerKind, hardware: HardwareProfile) -> MeasuredMemory | None:
     """Return what was compiled of ``kind`` for this kind of device, with attention run the same way; None otherwise."""
-    memory = kind.memory
-    if memory is None or memory.provenance.device != hardware.device:
-        return None
-    has_attention = any(dot.attention for dot in kind.dots)
-    same = not has_attention or memory.fused_attention == is_fused(kind, hardware)
-    return memory if same else None
+    return of_device(kind.memory, kind, hardware)
 
 
 def compiled_memory(kind: LayerKind, strategy: Strategy, setting: Setting, formula: Formula) -> dict[str, float]:

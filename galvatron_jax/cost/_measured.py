@@ -22,11 +22,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from math import log
+from typing import TypeVar
 
-from ..measured import Measured, Pass, PassTable
+from ..measured import Measured, MeasuredMemory, Pass, PassTable
 from ..profile import HardwareProfile, LayerKind
 from ..strategy import Strategy
 from ._kind import is_fused
+
+Table = TypeVar("Table", Measured, MeasuredMemory)
 
 Estimate = Callable[[Strategy, int], float]
 """Formula seconds of a pass: (strategy, samples of the microbatch over all its devices)."""
@@ -39,12 +42,15 @@ def is_measured(kind: LayerKind, hardware: HardwareProfile) -> bool:
 
 def valid_measurement(kind: LayerKind, hardware: HardwareProfile) -> Measured | None:
     """Return what was measured of ``kind`` on this kind of device, with attention run the same way; None otherwise."""
-    measured = kind.measured
-    if measured is None or measured.provenance.device != hardware.device:
+    return of_device(kind.measured, kind, hardware)
+
+
+def of_device(table: Table | None, kind: LayerKind, hardware: HardwareProfile) -> Table | None:
+    """Return what a profiler found of ``kind`` if it holds for this kind of device and its attention, else None."""
+    if table is None or table.provenance.device != hardware.device:
         return None
     has_attention = any(dot.attention for dot in kind.dots)
-    same = not has_attention or measured.fused_attention == is_fused(kind, hardware)
-    return measured if same else None
+    return table if not has_attention or table.fused_attention == is_fused(kind, hardware) else None
 
 
 def pass_seconds(

@@ -121,17 +121,16 @@ def baseline_lines(plan: Plan, baselines: Sequence[Baseline]) -> list[Line]:
     rows = [_baseline_cells("this plan", plan, plan.predicted.tokens_per_s, "")]
     for baseline in sorted(baselines, key=_speed):
         if baseline.plan is None:
-            rows.append([baseline.name, "-", "-", "-", "-", "-", f"not possible here ({baseline.description})"])
+            rows.append([baseline.name, *["-"] * 6, f"not possible here ({baseline.description})"])
         elif baseline.fits:
             rows.append(
                 _baseline_cells(baseline.name, baseline.plan, plan.predicted.tokens_per_s, baseline.description)
             )
         else:
             needs = f"does not fit: needs {format_gib(baseline.peak_bytes or 0)} ({baseline.description})"
-            rows.append(
-                [baseline.name, f"{baseline.plan.global_batch}", "-", "-", "-", _gib(baseline.peak_bytes or 0), needs]
-            )
-    header = ["beside it", "batch", "s/step", "tokens/s", "speed", "peak GiB", ""]
+            batch, microbatches = f"{baseline.plan.global_batch}", f"{baseline.plan.microbatches}"
+            rows.append([baseline.name, batch, microbatches, "-", "-", "-", _gib(baseline.peak_bytes or 0), needs])
+    header = ["beside it", "batch", "microbatches", "s/step", "tokens/s", "speed", "peak GiB", ""]
     return table(header, rows, indent=0)
 
 
@@ -191,6 +190,7 @@ def _baseline_cells(name: str, plan: Plan, reference: float, note: str) -> list[
     return [
         name,
         f"{plan.global_batch}",
+        f"{plan.microbatches}",
         f"{predicted.step_time_s:.3g}",
         format_count(predicted.tokens_per_s),
         f"{predicted.tokens_per_s / reference:.1%}",
