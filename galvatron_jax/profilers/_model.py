@@ -14,6 +14,7 @@ from .._user_model import UserModel
 from ..analysis import Analysis, analyse_model
 from ..cluster import Cluster
 from ..errors import DocumentNotFoundError, UnsupportedError
+from ..measured import MeasuredMemory
 from ..profile import ModelProfile
 from ._layer_agenda import layer_agenda
 from ._layer_loops import pass_loop
@@ -81,7 +82,7 @@ def measure_model(
     Raises:
         AnalysisError: the model or its loss cannot be traced.
         DeviceMismatchError: fewer devices than the mesh has.
-        DocumentError: the partial file belongs to something else, or the output cannot be written.
+        DocumentError: the partial file belongs to something else, or ``order.out`` cannot be read or written.
         UnsupportedError: ``resume`` with several processes.
     """
     clock = clock or SystemClock()
@@ -95,6 +96,9 @@ def measure_model(
     analysis = analyse_model(subject.model, subject.loss, subject.batch, name=order.name)
     partial, first, identity = partial_path(order.out), jax.process_index() == 0, model_identity(analysis.profile)
     known = resume_readings(partial, machine, quick=False, model=identity) if order.resume else ()
+    compiled = _compiled_memory(
+        analysis.profile, order.out
+    )  # now: a file that cannot be read must not cost the readings
 
     def record(readings: Sequence[Reading]) -> None:
         if first:
@@ -113,7 +117,7 @@ def measure_model(
         show=show,
     )
     outcome = runner.measure(layer_agenda(analysis.profile, order.samples, order.degrees), known)
-    assembly = assemble_layers(_present_profile(analysis.profile, order.out), outcome.readings, provenance)
+    assembly = assemble_layers(analysis.profile.with_memory(compiled), outcome.readings, provenance)
     if first:
         save(assembly.profile, order.out)
         if not outcome.skipped:
@@ -135,15 +139,14 @@ def _loop(
     return subject_loop(subject, readings, devices)
 
 
-def _present_profile(fresh: ModelProfile, out: Path) -> ModelProfile:
-    """Return ``fresh`` with the compiled memory that a profile of the same model at ``out`` holds."""
+def _compiled_memory(fresh: ModelProfile, out: Path) -> dict[str, MeasuredMemory]:
+    """Return the compiled memory that a profile of the same model at ``out`` holds, by layer kind."""
     try:
         held = load(out, ModelProfile)
     except DocumentNotFoundError:
-        return fresh
-    if model_identity(held) != model_identity(fresh):
-        return fresh
-    return fresh.with_memory({kind.name: kind.memory for kind in held.kinds if kind.memory})
+        return {}
+    same = model_identity(held) == model_identity(fresh)
+    return {kind.name: kind.memory for kind in held.kinds if kind.memory} if same else {}
 
 
 def model_identity(model: ModelProfile) -> str:

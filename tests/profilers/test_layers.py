@@ -151,3 +151,14 @@ def test_partial_file_of_another_model_is_refused(tmp_path: Path) -> None:
     document = json.loads(partial.read_text())
     partial.write_text(json.dumps({**document, "model": "another"}))
     assert main([*arguments, "--resume"]) == 2
+
+
+@pytest.mark.multidevice
+def test_output_that_cannot_be_read_ends_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "model.json"
+    out.write_text("{}")
+    assert main(["model", "--model", "llama-tiny", "--out", str(out), "--tp", "1", "--samples", "1"]) == 2
+    assert str(out) in capsys.readouterr().err
+    assert not (tmp_path / "model.partial.json").exists()
