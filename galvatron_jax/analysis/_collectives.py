@@ -6,7 +6,8 @@ Rules (``A``: the classes sharded over the tensor axes; both passes are explicit
 * with sequence parallelism, a value that carries the whole stream (batch, seq, embed) and no class of ``A`` is sharded
   along ``seq``, and so is what sums and fused operations make of it: the all-reduce becomes a reduce-scatter, and a
   product (or scatter) of such a value with an operand or result sharded over ``A`` gathers it first: once in each pass
-  for all its readers, since gathered copies are not kept in between;
+  for all its readers, since gathered copies are not kept in between, and on the narrow side of a cast (XLA:GPU's
+  CollectiveQuantizer: gather, exchange and permute trade places with a cast beside them; a sum cannot);
 * a sum over ``seq`` of such a value (the gradient of a norm's weight) is an all-reduce of its small result, and the
   gradient of a parameter that has ``seq`` (learned positions) is gathered;
 * what stands in the body of a loop runs as often as the loop (the weight gradients of a recurrence, at each step);
@@ -30,6 +31,8 @@ from ._primitives import is_kernel_name
 
 _LINEAR = frozenset("convert_element_type copy expand_dims neg reduce_sum reshape squeeze transpose".split())
 """A sum may move behind these."""
+
+_VIEWS = frozenset("expand_dims reshape squeeze transpose".split())
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,7 +123,7 @@ def _gathers(layer: Layer, sharded: frozenset[int], along: set[int]) -> list[Pre
         if is_kernel_name(op.name) and _holds(layer, op, sharded):
             for value in op.inputs:
                 if id(value) in along:
-                    whole = behind_views(layer, value)
+                    whole = narrow_source(layer, value)
                     found.setdefault((phase_of(op), id(whole)), (op, whole))
     return [
         Predicted(
@@ -195,10 +198,42 @@ def root_of(layer: Layer, value: Value) -> int:
         value = readers[0].outputs[0]
 
 
+def narrow_source(layer: Layer, value: Value) -> Value:
+    """Return the narrowest value that ``value`` is a view or a widening cast of: what a gather of it moves."""
+    while True:
+        value = behind_views(layer, value)
+        op = layer.makers.get(id(value))
+        if op is None or not _narrows(value, op):
+            return value
+        value = op.inputs[0]
+
+
+def narrow_use(layer: Layer, value: Value) -> Value:
+    """Return what the only reader of ``value``, behind views, narrows it to: what an exchange of it moves."""
+    seen = value
+    while (op := _only_reader(layer, seen)) is not None:
+        seen = op.outputs[0]
+        if _narrows(value, op):
+            return seen
+        if op.name not in _VIEWS:
+            break
+    return value
+
+
+def _only_reader(layer: Layer, value: Value) -> Op | None:
+    readers = layer.readers.get(id(value), ())
+    return readers[0] if len(readers) == 1 else None
+
+
+def _narrows(value: Value, cast: Op) -> bool:
+    """Tell whether ``cast`` is one between a value as large as ``value`` and a narrower one."""
+    return cast.name == "convert_element_type" and any(v.bytes < value.bytes for v in (*cast.inputs, *cast.outputs))
+
+
 def behind_views(layer: Layer, value: Value) -> Value:
-    """Return the value that ``value`` is a cast or another view of."""
+    """Return the value that ``value`` is another view of."""
     while True:
         op = layer.makers.get(id(value))
-        if op is None or op.name not in ("reshape", "transpose", "squeeze", "expand_dims"):
+        if op is None or op.name not in _VIEWS:
             return value
         value = op.inputs[0]

@@ -21,7 +21,7 @@ from typing import get_args
 
 from ..profile import CollectiveKind
 from ..strategy import Remat
-from ._collectives import Predicted, behind_views, reduction, root_of
+from ._collectives import Predicted, narrow_source, narrow_use, reduction, root_of
 from ._dimensions import Op, Value
 from ._flatten import Equation, Variable
 from ._layer import Layer, phase_of
@@ -77,8 +77,8 @@ def ulysses_collectives(layer: Layer, attention: Attention, batch: int, seq: int
     border = _border(layer, _steps(layer), seq)
     crossing: dict[int, _Crossing] = {}
     for key, place in [*border.entering.items(), *border.leaving.items()]:
-        key = id(behind_views(layer, place.value)) if key in border.entering else key
-        crossing.setdefault(key, _Crossing(place.value)).readers.extend(place.readers)
+        moved = (narrow_source if key in border.entering else narrow_use)(layer, place.value)
+        crossing.setdefault(id(moved), _Crossing(moved)).readers.extend(place.readers)
     found = [_exchange(layer, place, attention.heads) for place in crossing.values()]
     sums = [
         reduction(layer, op, frozenset([seq]))

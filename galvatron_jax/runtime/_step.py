@@ -191,20 +191,22 @@ class StagePrograms:
         copied, parameters = self.model.copied, self.model.spread(state.parameters)
         sums = GradientSums(parameters, self.model.sum_shardings, self.model.sums_in_place)
 
-        def accumulate(carry: tuple[Any, Any, Any], microbatch: list[Any]) -> tuple[tuple[Any, Any, Any], None]:
-            total, carried, model_state = carry
+        def accumulate(carry: tuple[Any, Any, Any], turn: tuple[Any, list[Any]]) -> tuple[tuple[Any, Any, Any], None]:
+            (losses, carried, model_state), (index, microbatch) = carry, turn
             # Else the compiler casts and gathers the weights of single layers before the loop, and keeps them over it.
             held, microbatch = jax.lax.optimization_barrier((parameters, microbatch))
             held = jax.lax.with_sharding_constraint(held, self.model.spread_shardings)  # gathered after, not before
+            microbatch, losses = jax.lax.optimization_barrier((microbatch, losses))  # in its turn: docs/design/0079
             loss, pullback, model_state = jax.vjp(
                 lambda p: self._loss(p, model_state, microbatch, model=copied), held, has_aux=True
             )
-            return (total + loss, sums.add(carried, pullback, jnp.ones_like(loss)), model_state), None
+            return (losses.at[index].set(loss), sums.add(carried, pullback, jnp.ones_like(loss)), model_state), None
 
-        start = (jnp.zeros((), jnp.float32), sums.start, state.model_state)
-        (total, carried, model_state), _ = jax.lax.scan(accumulate, start, batch)
+        start = (jnp.zeros(self.microbatches, jnp.float32), sums.start, state.model_state)
+        turns = (jnp.arange(self.microbatches), batch)
+        (losses, carried, model_state), _ = jax.lax.scan(accumulate, start, turns)
         mean = [array / self.microbatches for array in self.model.reduce(sums.finish(carried))]
-        return total / self.microbatches, mean, model_state
+        return jnp.mean(losses), mean, model_state
 
     def _mean_loss(self, state: TrainState, batch: list[Any]) -> jax.Array:
         if self.microbatches == 1:

@@ -122,6 +122,16 @@ def test_sequence_parallelism_scatters_what_it_reduced_and_gathers_before_produc
     assert not any(kind == "all-reduce" and classes == STREAM for _, kind, classes in counts)
 
 
+def test_gathers_and_exchanges_move_the_narrow_side_of_casts_and_sums_what_is_summed() -> None:
+    """The table is read and its gradient added up in float32; rotary positions and scores are float32."""
+    model = small_llama(dtype="bfloat16")
+    embed = {(c.phase, c.kind): c.array.dtype for c in best(model, "embed").sequence}
+    assert embed == {("forward", "reduce-scatter"): "float32", ("backward", "all-gather"): "bfloat16"}
+    ulysses = kind_of(model, "layers.*").profile.ulysses
+    assert ulysses is not None
+    assert {c.array.dtype for c in ulysses.collectives} == {"bfloat16"}
+
+
 def test_degree_divides_all_classes() -> None:
     assert best(small_llama(heads=8, kv_heads=8, embed=64, mlp=36), "layers.*").max_degree == 4
     assert best(perceptrons(mlp=60), "blocks.*").max_degree == 60

@@ -26,6 +26,12 @@ def broad_llama() -> tuple[Any, Any, Any]:
     return model.build, model.loss, model.batch
 
 
+def bfloat16_llama() -> tuple[Any, Any, Any]:
+    """Four layers computed in bfloat16: a loop, and casts beside its collectives."""
+    model = small_llama(embed=256, mlp=512, vocab=512, heads=8, kv_heads=8, layers=4, seq=128, dtype="bfloat16")
+    return model.build, model.loss, model.batch
+
+
 def piped_llama() -> tuple[Any, Any, Any]:
     """Four layers at the width of ``tests.runtime.pipeline.planned``."""
     return _planned("llama")

@@ -1,0 +1,51 @@
+"""Collectives of whole steps that XLA:GPU compiles, in bfloat16, against the prediction: to the last byte.
+
+What the CPU's programs cannot tell (tests/runtime/test_collectives.py has those): casts beside collectives, two turns
+of a loop in one, passes that merge and move collectives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from galvatron_jax.analysis import analyse_model
+from galvatron_jax.cluster import Cluster
+from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
+from galvatron_jax.verify import Verification, verify_plan
+from tests.verify.user_model import bfloat16_llama
+
+SCALARS = 1024
+"""Bytes of what is not predicted: losses, the norm of the gradients, one number for each parameter."""
+
+PLANS: dict[str, tuple[Strategy, int]] = {
+    "sp, zero 1, remat, 2 microbatches": (Strategy(tp=4, sp=True, dp=2, zero=1, remat="full"), 2),
+    "hsdp, remat": (Strategy(dp=8, zero=3, replicas=2, remat="full"), 1),
+}
+
+
+def verified(strategy: Strategy, microbatches: int) -> Verification:
+    profile = analyse_model(*bfloat16_llama(), name="bfloat16").profile
+    edges = Strategy(tp=strategy.tp, sp=strategy.sp, ulysses=strategy.ulysses, dp=strategy.dp, zero=strategy.zero)
+    runs = tuple(
+        PlanRun(kind=run.kind, count=run.count, strategy=strategy if run.count > 1 else edges) for run in profile.layers
+    )
+    plan = Plan(
+        model=model_reference(profile),
+        cluster=Cluster(nodes=1, gpus_per_node=8, gpu="h100"),
+        global_batch=8 * microbatches,
+        microbatches=microbatches,
+        stages=(Stage(devices=8, runs=runs),),
+    )
+    return verify_plan(plan, model="tests.verify.user_model:bfloat16_llama")
+
+
+@pytest.mark.parametrize(("strategy", "microbatches"), PLANS.values(), ids=PLANS)
+def test_compiled_collectives_are_those_of_the_plan(gpu_compiler: None, strategy: Strategy, microbatches: int) -> None:
+    (check,) = verified(strategy, microbatches).stages
+    beyond: dict[tuple[str, int], int] = defaultdict(int)
+    for row in check.collectives:
+        kind = "all-reduce" if row.kind == "reduce-scatter" else row.kind
+        beyond[kind, row.group_size] += row.compiled_bytes - row.predicted_bytes
+    assert {key: size for key, size in beyond.items() if abs(size) > SCALARS} == {}
