@@ -33,7 +33,8 @@ def name_classes(layer: Layer, given: Given) -> Names:
     """
     factors = layer.dimensions.factors
     names: Names = {}
-    for index in sorted(given, key=lambda i: i not in layer.differentiated):
+    holding = samples(given)  # first: samples that a value made of parameters meets (learned queries) are the batch
+    for index in sorted(given, key=lambda i: (i not in holding, i not in layer.differentiated)):
         for dim, known in zip(layer.dimensions.classes(layer.inputs[index]), given[index], strict=True):
             if len(dim) == len(known):
                 fresh = [(f, n) for f, n in zip(dim, known, strict=True) if n and n not in names.values()]

@@ -10,11 +10,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from . import albert, bert, gpt2, hybrid, llama, local_global, moe, pure, recurrent, swin, t5, transformed, vit
+from . import (
+    albert,
+    bert,
+    diffusion,
+    gpt2,
+    hybrid,
+    latents,
+    llama,
+    local_global,
+    moe,
+    pure,
+    recurrent,
+    swin,
+    t5,
+    transformed,
+    vit,
+)
 from ._case import SAMPLES as SAMPLES
 from ._case import Case as Case
 
-_FAMILIES = (llama, gpt2, bert, vit, t5, moe, albert, swin, hybrid, recurrent, local_global, transformed, pure)
+_FAMILIES = (
+    *(llama, gpt2, bert, vit, t5, moe, albert, swin, hybrid, recurrent, local_global, transformed, pure),
+    *(latents, diffusion),
+)
 
 ZOO: dict[str, Callable[[], Case]] = {name: case for family in _FAMILIES for name, case in family.CASES.items()}
 """Cases by name."""
