@@ -125,7 +125,7 @@ def test_sequence_parallelism_scatters_what_it_reduced_and_gathers_before_produc
 def test_gathers_and_exchanges_move_the_narrow_side_of_casts_and_sums_what_is_summed() -> None:
     """The table is read and its gradient added up in float32; rotary positions and scores are float32."""
     model = small_llama(dtype="bfloat16")
-    embed = {(c.phase, c.kind): c.array.dtype for c in best(model, "embed").sequence}
+    embed = {(c.phase, c.kind): c.array.dtype for c in best(model, "embed").sequence or ()}
     assert embed == {("forward", "reduce-scatter"): "float32", ("backward", "all-gather"): "bfloat16"}
     ulysses = kind_of(model, "layers.*").profile.ulysses
     assert ulysses is not None
