@@ -12,10 +12,9 @@ once (the output of the scan over layers, or the accumulator of the scan over mi
 is no accumulator, and under zero 1 each device keeps of a reduced gradient only what it updates: programs of zero 1 and
 zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
-Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there three times: the sums, the stack
-that a microbatch's backward loop makes, and the zeros from which XLA begins that stack. Under zero 0 and 1 they are
-added up in place (runtime/_sums.py), and a layer outside the loop makes no stack. In a pipeline only the sums count:
-they are what lies between its programs.
+Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there twice: the sums, and the stack
+that a microbatch's backward loop makes. Under zero 0 and 1 they are added up in place (runtime/_sums.py), and a layer
+outside the loop makes no stack. In a pipeline only the sums count: they are what lies between its programs.
 
 Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
 loop, which is the fuller moment.
@@ -59,7 +58,7 @@ from ._kind import Weights, is_fused, summarise
 from ._memo import remembered
 from ._values import LayerCost, Shares
 
-_STACKS = 3
+_STACKS = 2
 """Copies of the gradients of a loop over layers that every microbatch reduces."""
 
 STATE = ("parameters", "gradients", "optimizer")

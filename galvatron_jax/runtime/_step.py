@@ -1,6 +1,6 @@
 """The compiled programs of a one-stage plan: initialise, train step, evaluate.
 
-One train step is one ``jax.jit``: a scan over microbatches of ``value_and_grad``, gradients summed up unreduced under
+One train step is one ``jax.jit``: a loop over microbatches (``_microbatches``), gradients summed up unreduced under
 zero 0 and 1 (``_copies``), sharded from zero 2; reduced to the zero-1 layout; the optimizer update in the zero-1
 layout, parameters back in the zero-3 layout. A step that is not finite leaves the update out (``_guard``). The state is
 donated.
@@ -26,6 +26,7 @@ from ..analysis import sample_count
 from ._batches import BatchRows
 from ._guard import StepMetrics, guarded, step_metrics
 from ._layout import Role
+from ._microbatches import fold_microbatches
 from ._model import StageModel
 from ._options import compiler_options
 from ._placing import adopt_leaf
@@ -191,8 +192,8 @@ class StagePrograms:
         copied, parameters = self.model.copied, self.model.spread(state.parameters)
         sums = GradientSums(parameters, self.model.sum_shardings, self.model.sums_in_place)
 
-        def accumulate(carry: tuple[Any, Any, Any], turn: tuple[Any, list[Any]]) -> tuple[tuple[Any, Any, Any], None]:
-            (losses, carried, model_state), (index, microbatch) = carry, turn
+        def accumulate(carry: tuple[Any, Any, Any], index: Any, microbatch: list[Any]) -> tuple[Any, Any, Any]:
+            losses, carried, model_state = carry
             # Else the compiler casts and gathers the weights of single layers before the loop, and keeps them over it.
             held, microbatch = jax.lax.optimization_barrier((parameters, microbatch))
             held = jax.lax.with_sharding_constraint(held, self.model.spread_shardings)  # gathered after, not before
@@ -200,11 +201,10 @@ class StagePrograms:
             loss, pullback, model_state = jax.vjp(
                 lambda p: self._loss(p, model_state, microbatch, model=copied), held, has_aux=True
             )
-            return (losses.at[index].set(loss), sums.add(carried, pullback, jnp.ones_like(loss)), model_state), None
+            return losses.at[index].set(loss), sums.add(carried, pullback, jnp.ones_like(loss)), model_state
 
         start = (jnp.zeros(self.microbatches, jnp.float32), sums.start, state.model_state)
-        turns = (jnp.arange(self.microbatches), batch)
-        (losses, carried, model_state), _ = jax.lax.scan(accumulate, start, turns)
+        losses, carried, model_state = fold_microbatches(accumulate, start, batch, self.microbatches)
         mean = [array / self.microbatches for array in self.model.reduce(sums.finish(carried))]
         return jnp.mean(losses), mean, model_state
 

@@ -2,7 +2,8 @@
 
 XLA prints callees before callers, one instruction per line; in a scheduled module the lines of a computation stand in
 the order in which they are issued. A computation runs as often as its callers do, times the trip count of a loop whose
-body it is (``known_trip_count``; a loop without one counts once, since nobody knows better).
+body it is (``known_trip_count``; the loop over microbatches says it in its name, ``runtime._microbatches``; any other
+loop counts once, since nobody knows better).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _CALLED = re.compile(
     r"(\{.*?\}|[%\w.\-]+)"
 )
 _TRIPS = re.compile(r'"?known_trip_count"?:\{"n":"(\d+)"\}')
+_MICROBATCHES = re.compile(r'op_name="(?:[^"]*/)?microbatches_(\d+)/while"')
 _COMMENT = re.compile(r"/\*.*?\*/")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,<=]*)\]")
 
@@ -45,7 +47,7 @@ class Instruction(NamedTuple):
     @property
     def trips(self) -> int:
         """Turns of a loop; 1 where they are not known."""
-        match = _TRIPS.search(self.line)
+        match = _TRIPS.search(self.line) or _MICROBATCHES.search(self.line)
         return int(match[1]) if match else 1
 
 

@@ -68,9 +68,9 @@ def memory(strategy: Strategy, microbatches: int = 1) -> dict[str, float]:
 def test_state_by_zero_level(
     zero: int, parameters: float, gradients: float, optimizer: float, microbatches: int
 ) -> None:
-    """Gradients that every microbatch reduces are there as sums, as a microbatch's own, and as the zeros of those."""
+    """Gradients that every microbatch reduces are there as sums and as a microbatch's own."""
     found = memory(Strategy(dp=8, zero=zero), microbatches)
-    copies = 3 if microbatches > 1 and zero >= 2 else 1
+    copies = 2 if microbatches > 1 and zero >= 2 else 1
     assert (found["parameters"], found["gradients"], found["optimizer"]) == (parameters, copies * gradients, optimizer)
 
 
@@ -175,7 +175,7 @@ def test_a_layer_outside_the_loop_keeps_the_operands_of_its_gradients_and_makes_
 
 def test_between_the_programs_of_a_pipeline_there_are_sums_of_gradients_and_residuals() -> None:
     loop, piped = (scheduled(SCHEDULED, Strategy(dp=8, zero=3), microbatches=2, slices=n) for n in (1, 2))
-    assert loop["gradients"] == 3 * piped["gradients"]
+    assert loop["gradients"] == 2 * piped["gradients"]
     alone = msgspec.structs.replace(SCHEDULED, repeated=False)
     assert scheduled(alone, Strategy(dp=8), microbatches=2, slices=2)["residuals"] == piped["residuals"]
 
