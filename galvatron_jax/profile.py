@@ -87,6 +87,10 @@ class Parameter(Value, frozen=True, kw_only=True, omit_defaults=True):
     sums: Annotated[int, msgspec.Meta(ge=0)] = 1
     """Partial results over the batch that its gradient adds up. Each is reduced for itself, or their sum once where the
     compiler merges; 0: what it is made from is reduced already (``LayerKind.data``)."""
+    per_sample: bool = True
+    """Every use treats all samples alike, so that ranks can sum up gradients of their own over microbatches, and groups
+    of hsdp theirs, before they meet. The gradient of any other one (of a convolution) is reduced over all ranks where
+    it is made."""
 
     def classes(self) -> tuple[str, ...]:
         """All class names in all dimensions."""
@@ -146,6 +150,9 @@ class Collective(Value, frozen=True, kw_only=True, omit_defaults=True):
     """A forward collective that full rematerialisation runs again."""
     recomputed_dots: bool = False
     """A forward collective that remat ``dots`` runs again."""
+    gradient: bool = False
+    """What it sums over the batch goes into gradients of parameters alone, all of them ``per_sample`` (positions of a
+    table): it is part of their reduction, and stays inside a group of hsdp as they do."""
 
 
 class Candidate(Value, frozen=True, kw_only=True, omit_defaults=True):
@@ -217,6 +224,9 @@ class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
     recomputed: bool = False
     """It depends on the batch alone, not on parameters (a mask, positions, a rotary table): every pipeline stage makes
     it again in place of receiving it."""
+    value: str = ""
+    """Which value of the program it is, where it is one and the same in all layers of the kind: equal names in several
+    kinds are one array (tokens that embedding and head read, an encoder's output)."""
 
 
 class Moment(Value, frozen=True, kw_only=True, omit_defaults=True):

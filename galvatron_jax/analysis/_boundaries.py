@@ -29,6 +29,8 @@ class Crossings:
     trained: set[Variable]
     remade: set[Variable]
     stream: set[Variable]
+    names: dict[Variable, str]
+    """Of batch leaves, and of what segments make."""
 
     def classify(self, kind: LayerKind, segments: Sequence[Segment], parameters: set[Variable]) -> LayerKind:
         """Return ``kind`` with its boundaries classified.
@@ -58,6 +60,7 @@ class Crossings:
             gradient=any(v in self.trained for v in variables),
             stream=any(v in self.stream for v in variables),
             recomputed=all(v in self.remade for v in variables),
+            value=self.names.get(variables[0], "") if len(set(variables)) == 1 else "",
         )
 
 
@@ -68,7 +71,9 @@ def find_crossings(cut: Cut, batch: int) -> Crossings:
     split = len(data) - batch
     trained = trained_values(source, source.inputs[: source.weights])
     remade = remade_values(source, data[split:], data[:split])
-    return Crossings(trained, remade, _stream(cut, trained))
+    names = {variable: f"batch.{i}" for i, variable in enumerate(data[split:])}
+    names |= {v: f"{segment.name}.{o}" for segment in cut.segments for o, v in enumerate(segment.outputs)}
+    return Crossings(trained, remade, _stream(cut, trained), names)
 
 
 def _stream(cut: Cut, trained: set[Variable]) -> set[Variable]:

@@ -27,6 +27,7 @@ from ..profile import CollectiveKind, Phase
 from ..strategy import Remat
 from ._dimensions import Op, Value
 from ._layer import Layer, phase_of
+from ._per_sample import PerSample
 from ._primitives import is_kernel_name
 
 _LINEAR = frozenset("convert_element_type copy expand_dims neg reduce_sum reshape squeeze transpose".split())
@@ -50,6 +51,8 @@ class Predicted:
     recomputed: frozenset[Remat]
     """Rematerialisations that run it again."""
     times: int = 1
+    gradient: bool = False
+    """It is part of the reduction of parameter gradients that ranks can make apart (``_per_sample``)."""
 
 
 def tensor_collectives(layer: Layer, sharded: frozenset[int]) -> list[Predicted]:
@@ -151,18 +154,34 @@ def _holds(layer: Layer, op: Op, classes: frozenset[int]) -> bool:
     return any(layer.classes(v) & classes for v in [*op.inputs, *op.outputs])
 
 
-def data_collectives(layer: Layer, batch: int, seq: int | None) -> list[Predicted]:
-    """Return the collectives of sharding ``batch``, parameter gradients left out.
+def data_collectives(samples: PerSample, seq: int | None) -> list[Predicted]:
+    """Return the collectives of sharding the batch, parameter gradients left out.
 
     Args:
-        layer: The analysed layer.
-        batch: The batch class.
+        samples: The analysed layer, and its batch class.
         seq: The sequence class, which Ulysses shards too.
     """
-    classes = frozenset([batch]) if seq is None else frozenset([batch, seq])
-    return without_gradients(
-        layer, [reduction(layer, op, classes) for op in layer.ops if batch in layer.contracted(op) and op.outputs]
-    )
+    layer, batch = samples.layer, samples.batch
+    classes = frozenset(f for f in (batch, seq) if f is not None)
+    apart = {id(layer.gradients.get(layer.parameters[position])) for position in samples.parameters()}
+    return [
+        dataclasses.replace(found, gradient=set() < _results_of(layer, found.value) <= apart)
+        for found in without_gradients(
+            layer, [reduction(layer, op, classes) for op in layer.ops if batch in layer.contracted(op) and op.outputs]
+        )
+    ]
+
+
+def _results_of(layer: Layer, value: Value) -> set[int]:
+    """Return the ids of the layer's results (residuals and cotangents among them) that are made from ``value``."""
+    results = {id(v) for v in layer.dimensions.outputs}
+    reached, queue = {id(value)}, [value]
+    while queue:
+        for op in layer.readers.get(id(queue.pop()), ()):
+            fresh = [v for v in op.outputs if id(v) not in reached]
+            reached.update(id(v) for v in fresh)
+            queue += fresh
+    return reached & results
 
 
 def without_gradients(layer: Layer, found: Iterable[Predicted]) -> list[Predicted]:

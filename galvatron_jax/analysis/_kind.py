@@ -16,6 +16,7 @@ from ._cut import Segment
 from ._factored import factor
 from ._layer import Layer, Samples, analyse_layer
 from ._names import Given, Names, name_classes, samples
+from ._per_sample import PerSample
 from ._quantities import Quantities
 from ._ulysses import Attention, find_attention, ulysses_collectives
 
@@ -47,6 +48,11 @@ class AnalysedKind:
     def user_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shape of each parameter as the user has it."""
         return tuple(tuple(self.layer.segment.inputs[i].aval.shape) for i in self.layer.parameters)
+
+    @functools.cached_property
+    def samples(self) -> PerSample:
+        """Where the samples are in the forward pass."""
+        return PerSample(self.layer, next((f for f, name in self.names.items() if name == BATCH), None))
 
     @functools.cached_property
     def stream_classes(self) -> frozenset[int]:
@@ -88,7 +94,7 @@ def analyse_kind(
     profile = LayerKind(
         name=segment.kind,
         classes={},
-        parameters=quantities.parameters(list(parameters.values()), batch),
+        parameters=quantities.parameters(list(parameters.values()), PerSample(layer, batch)),
         dots=quantities.dots(),
         traffic=quantities.traffic(),
         inputs=inputs,
@@ -99,7 +105,7 @@ def analyse_kind(
         live=quantities.live(),
         candidates=tuple(_candidate(layer, found, quantities, seq) for found in sets[:1]),
         ulysses=_ulysses(layer, attention, quantities, by_name),
-        data=() if batch is None else quantities.collectives(data_collectives(layer, batch, seq)),
+        data=() if batch is None else quantities.collectives(data_collectives(PerSample(layer, batch), seq)),
     )
     sizes = {name: layer.dimensions.factors.size(f) for f, name in names.items()}
     return AnalysedKind(

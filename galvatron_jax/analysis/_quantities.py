@@ -19,6 +19,7 @@ from ._marks import ATTENTION
 from ._moments import Backward
 from ._moments import Moment as Alive
 from ._names import Names
+from ._per_sample import PerSample
 
 _LARGE_DEGREE = 8
 """Of tensor parallelism, where moments are compared."""
@@ -43,9 +44,9 @@ class Quantities:
         counts = Counter(self.array(value) for value in values)
         return tuple(_with_count(array, n) for array, n in counts.items())
 
-    def parameters(self, paths: Sequence[str], batch: int | None) -> tuple[Parameter, ...]:
+    def parameters(self, paths: Sequence[str], samples: PerSample) -> tuple[Parameter, ...]:
         """Return the parameters with the factors of each dimension, in input order."""
-        sums = Counter(root for root in gradient_sums(self.layer, batch))
+        sums, apart = Counter(gradient_sums(self.layer, samples.batch)), samples.parameters()
         return tuple(
             Parameter(
                 path=path,
@@ -54,8 +55,9 @@ class Quantities:
                 dims=self._dims(self.layer.inputs[index]),
                 reread=self._reread(self.layer.inputs[index]),
                 sums=sums[id(self.layer.gradients.get(index))],
+                per_sample=position in apart,
             )
-            for path, index in zip(paths, self.layer.parameters, strict=True)
+            for position, (path, index) in enumerate(zip(paths, self.layer.parameters, strict=True))
         )
 
     def dots(self) -> tuple[Dot, ...]:
@@ -184,6 +186,7 @@ class Quantities:
             over=tuple(sorted(self.names[f] for f in item.over)),
             recomputed="full" in item.recomputed,
             recomputed_dots="dots" in item.recomputed,
+            gradient=item.gradient,
         )
 
     def _kept(self, remat: Remat) -> list[Value]:

@@ -8,13 +8,11 @@ Listed for one microbatch's forward and backward pass, layer by layer:
     weights    zero 3 gathers the parameters that its ranks divide, in forward and, those that the backward pass reads
                (``Parameter.reread``), in backward, in the compute dtype; a tied one not again in forward where the
                layer that holds it has the same strategy
-    gradient   zero 0 all-reduces all gradients over all ranks with the same weights; otherwise those that the zero
-               ranks divide are reduce-scattered, and with replicas the shards all-reduced. A gradient that adds up
-               several partial results is reduced as often, or once where sums are merged (``Parameter.sums``).
-               With several microbatches, zero 0 and 1 reduce and replicas meet *once* a step: the accumulated sum,
-               in the storage dtype
+    gradient   reductions of parameter gradients (``_gradient_collectives``); with several microbatches some of them run
+               *once* a step
     relayout   between neighbours of a stage (``_stream.relayout_steps``), and between its ends and the wire to other
-               stages (``_stream.wire_layout``; listed with the layer at that end); backward takes the way back
+               stages (``_stream.wire_layout``; listed with the layer at that end); and of what layers take beside the
+               stream (``_value_collectives``); backward takes the way back
 
 A partitioner may spell a reduce-scatter as an all-reduce of the same bytes and a slice (XLA:CPU always does, XLA:GPU
 where it does not recognise the pair), so all-reduce and reduce-scatter are comparable in sum. Not listed: what crosses
@@ -25,13 +23,14 @@ Tied parameters are listed by the strategy of the layer that uses them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Literal
 
 from ..plan import Plan, Strategy, check_plan, zero_dim
-from ..profile import BATCH, SEQ, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
+from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
+from ._gradient_collectives import gradient_reductions, is_deferred
 from ._stream import relayout_steps, stream_arrays, wire_layout
+from ._value_collectives import StandingValues
 from ._values import Shares
 from ._weights import Spread
 from ._work import SpreadCollective, data_collectives, inner_collectives, runs_again
@@ -80,10 +79,11 @@ def plan_collectives(
     for s, stage in enumerate(plan.stages):
         wire = wire_layout(plan.cluster, stage.devices, plan.microbatch_size)
         before = wire if s else None
-        held: set[Strategy] = set()
+        held, beside = set[Strategy](), StandingValues(plan.microbatch_size)
         for name, strategy in stage.layers():
             layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size, plan.microbatches > 1)
             found += layer.relayout(before) if before else ()
+            found += layer.moves(beside)
             found += layer.activations(merged=sums_before_reducing)
             found += layer.weights(merged=sums_before_reducing, held=held)
             held.add(strategy)
@@ -117,10 +117,18 @@ class _PlannedLayer:
             for step in relayout_steps(start, end):
                 yield self._planned(step.kind, "relayout", phase, step.ranks, size_bytes / step.parts)
 
+    def moves(self, beside: StandingValues) -> Iterator[PlannedCollective]:
+        """Yield what brings values beside the stream into the layer's layout, and their cotangents back."""
+        for move in beside.bring(self.kind, self.strategy):
+            step = move.step
+            yield self._planned(step.kind, "relayout", move.phase, step.ranks, move.bytes / step.parts)
+
     def activations(self, *, merged: bool) -> Iterator[PlannedCollective]:
         """Yield the collectives of sharding the tensor classes (or the sequence) and the batch."""
         yield from self._of_passes(inner_collectives(self.kind, self.strategy), "tensor", merged)
-        yield from self._of_passes(data_collectives(self.kind, self.strategy), "data", merged)
+        deferred = is_deferred(self.strategy, accumulates=self.accumulates)
+        data = (c for c in data_collectives(self.kind, self.strategy) if not (deferred and c.collective.gradient))
+        yield from self._of_passes(data, "data", merged)
 
     def weights(self, *, merged: bool, held: Container[Strategy]) -> Iterator[PlannedCollective]:
         """Yield the gathers of parameters and the reductions of their gradients.
@@ -132,57 +140,28 @@ class _PlannedLayer:
         spread = Spread.of(self.strategy)
         if spread.ranks == 1 or not self.kind.parameters:
             return
-        ranks, zero, remat = spread.zero_ranks, spread.zero, self.strategy.remat
-        if zero >= 3:
-            new = self._bytes(True, lambda p: not (p.tied and self.strategy in held))
-            yield from self._some("all-gather", "weights", "forward", ranks, new)
-            yield from self._some(
-                "all-gather", "weights", "backward", ranks, self._bytes(True, lambda p: remat in p.reread)
+        remat = self.strategy.remat
+        if spread.zero >= 3:
+            ways: tuple[tuple[Phase, Callable[[Parameter], bool]], ...] = (
+                ("forward", lambda p: not (p.tied and self.strategy in held)),
+                ("backward", lambda p: remat in p.reread),
             )
-        yield from self._gradients(spread, merged=merged)
+            for phase, counts in ways:
+                size_bytes = self._gathered_bytes(counts)
+                if size_bytes:
+                    yield self._planned("all-gather", "weights", phase, spread.zero_ranks, size_bytes)
+        for r in gradient_reductions(self.kind, self.strategy, accumulates=self.accumulates, merged=merged):
+            yield dataclasses.replace(self._planned(r.kind, "gradient", "backward", r.group, r.bytes), once=r.once)
 
-    def _gradients(self, spread: Spread, *, merged: bool) -> Iterator[PlannedCollective]:
-        deferred = self.accumulates and spread.zero <= 1
-        number = _one if merged or deferred else _each
-
-        def whole_gradients(parameter: Parameter) -> float:
-            return number(parameter) / (1 if deferred else self._parts(parameter))
-
-        divided, whole = (self._bytes(part, whole_gradients, stored=deferred) for part in (True, False))
-        some = functools.partial(self._some, cause="gradient", phase="backward")
-        if not spread.zero:
-            yield from some("all-reduce", group=spread.ranks, size_bytes=divided + whole, once=deferred)
-            return
-        yield from some("reduce-scatter", group=spread.zero_ranks, size_bytes=divided, once=deferred)
-        if spread.replicas > 1:
-            shards = self._bytes(True, _one, stored=self.accumulates) / spread.zero_ranks
-            yield from some("all-reduce", group=spread.replicas, size_bytes=shards, once=self.accumulates)
-        yield from some("all-reduce", group=spread.ranks, size_bytes=whole, once=deferred)
-
-    def _parts(self, parameter: Parameter) -> int:
-        """Under sp the gradient of a parameter with positions is reduced in as many parts, and gathered after."""
-        candidate, classes = self.kind.best_candidate, set(parameter.classes())
-        along = self.strategy.sp and SEQ in classes and candidate and classes.isdisjoint(candidate.classes)
-        return self.strategy.tp if along else 1
-
-    def _bytes(self, divided: bool, times: Callable[[Parameter], float], *, stored: bool = False) -> float:
-        """Bytes of the parameters that zero can divide, or of the others, each so many times.
-
-        In the compute dtype, or as ``stored``.
-        """
+    def _gathered_bytes(self, counts: Callable[[Parameter], bool]) -> float:
+        """Bytes, in the compute dtype, of the parameters that count among those that zero can divide."""
         candidate, ranks, sizes = self.kind.best_candidate, self.strategy.zero_ranks, self.kind.classes
         shards = candidate.shards(self.strategy.tp, sizes) if candidate else {}
         return sum(
-            times(p) * p.array(p.dtype if stored else p.compute_dtype).local_bytes(sizes, shards)
+            p.array(p.compute_dtype).local_bytes(sizes, shards)
             for p in self.kind.parameters
-            if (zero_dim(p, sizes, shards, ranks) is not None) == divided
+            if counts(p) and zero_dim(p, sizes, shards, ranks) is not None
         )
-
-    def _some(
-        self, kind: CollectiveKind, cause: Cause, phase: Phase, group: int, size_bytes: float, once: bool = False
-    ) -> Iterator[PlannedCollective]:
-        if size_bytes:
-            yield dataclasses.replace(self._planned(kind, cause, phase, group, size_bytes), once=once)
 
     def _of_passes(
         self, collectives: Iterable[SpreadCollective], cause: Cause, merged: bool
@@ -214,12 +193,3 @@ class _PlannedLayer:
             count=count,
             bytes=size_bytes,
         )
-
-
-def _each(parameter: Parameter) -> float:
-    """A reduction for each of the partial results that its gradient adds up."""
-    return parameter.sums
-
-
-def _one(parameter: Parameter) -> float:
-    return min(parameter.sums, 1)

@@ -159,10 +159,12 @@ def inner_collectives(kind: LayerKind, strategy: Strategy) -> Iterator[SpreadCol
 
 
 def data_collectives(kind: LayerKind, strategy: Strategy) -> Iterator[SpreadCollective]:
-    """Yield the collectives of sharding the batch, parameter gradients left out."""
+    """Yield the collectives of sharding the batch, without parameter gradients (parts of one stay in hsdp's group)."""
     for collective in kind.data:
         over = collective.over if strategy.ulysses > 1 and collective.over else (BATCH,)
-        yield from _spread(kind, [msgspec.structs.replace(collective, over=over)], strategy)
+        replicas = strategy.replicas if collective.gradient else 1
+        inside = msgspec.structs.replace(strategy, dp=strategy.dp // replicas)
+        yield from _spread(kind, [msgspec.structs.replace(collective, over=over)], inside)
 
 
 def runs_again(collective: Collective, remat: Remat) -> bool:

@@ -25,21 +25,14 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..analysis import ELEMENTWISE, AnalysedKind, Equation, Value, run_equation
-from ..profile import BATCH
+from ..analysis import AnalysedKind, Equation, Value, run_equation
 from ._layout import LayerLayout
 from ._mesh import Axes
-
-_PER_SAMPLE = ELEMENTWISE | {"dot_general", "gather"}
-"""Primitives without a parameter that names the size of the batch: the same equation serves any number of samples."""
 
 
 def copyable(kind: AnalysedKind) -> frozenset[int]:
     """Return the parameters (by position) of which every use can run per data-parallel rank."""
-    positions = frozenset(range(len(kind.layer.parameters)))
-    while refused := _refused(kind, positions):
-        positions -= refused
-    return positions
+    return frozenset(i for i, parameter in enumerate(kind.profile.parameters) if parameter.per_sample)
 
 
 def unreduced_axes(layout: LayerLayout) -> Axes:
@@ -127,23 +120,23 @@ class PerRank:
 
     def run(self, equation: Equation, arguments: Sequence[Any]) -> list[Any]:
         """Return the results: copies again when only weights are read, else arrays of the whole batch."""
-        kind, values = self._copies.layout.kind, self._copies.layout.kind.layer.forward_values
+        samples, values = self._copies.layout.kind.samples, self._copies.layout.kind.layer.forward_values
         copied = [not isinstance(v, Literal) and v in self.copied for v in equation.inputs]
         if not any(copied):
             return run_equation(equation.eqn, arguments)
-        if not _mixes(kind, equation, copied):
+        if not samples.mixes(equation, copied):
             self.copied.update(equation.outputs)
             return _mapped(equation, arguments, copied)
         shares, mapped = list(arguments), list(copied)
         for i, variable in enumerate(equation.inputs):
             if copied[i] or isinstance(variable, Literal):
                 continue
-            dim = _batch_dim(kind, values[variable])
+            dim = samples.batch_dim(values[variable])
             if dim is not None:
                 shares[i], mapped[i] = self._share(arguments[i], dim, values[variable]), True
         results = _mapped(equation, shares, mapped)
         return [
-            _merge(result, _batch_dim(kind, values[v]) or 0)
+            _merge(result, samples.batch_dim(values[v]) or 0)
             for result, v in zip(results, equation.outputs, strict=True)
         ]
 
@@ -163,66 +156,3 @@ def _mapped(equation: Equation, arguments: Sequence[Any], mapped: Sequence[bool]
     axes = tuple(0 if one else None for one in mapped)
     results: list[Any] = jax.vmap(lambda *each: run_equation(equation.eqn, each), in_axes=axes)(*arguments)
     return results
-
-
-# ------------------------------------------------------------------------------------------------------ which ones may
-def _refused(kind: AnalysedKind, positions: frozenset[int]) -> frozenset[int]:
-    """Return the parameters among ``positions`` that meet in the first equation that cannot run per rank."""
-    layer = kind.layer
-    program = layer.forward
-    origins: dict[Any, frozenset[int]] = {}
-    sampled = {v for i, v in enumerate(program.inputs) if i not in layer.parameters}
-    for position, index in enumerate(layer.parameters):
-        if position in positions:
-            origins[program.inputs[index]] = frozenset((position,))
-    for equation in program.equations:
-        read = [v for v in equation.inputs if not isinstance(v, Literal)]
-        found = frozenset[int]().union(*(origins.get(v, frozenset()) for v in read))
-        if found:
-            copied = [not isinstance(v, Literal) and v in origins for v in equation.inputs]
-            others = [v for v in read if v not in origins]
-            if not any(v in sampled for v in others) and not _makes_batch(kind, equation):
-                origins.update((v, found) for v in equation.outputs)
-                continue
-            if not _mixes(kind, equation, copied) or not _is_per_sample(kind, equation, others, sampled):
-                return found
-        if found or any(v in sampled for v in read):
-            sampled.update(equation.outputs)
-    kept = {v for v in program.outputs if not isinstance(v, Literal) and v in origins}
-    return frozenset[int]().union(*(origins[v] for v in kept))
-
-
-def _mixes(kind: AnalysedKind, equation: Equation, copied: Sequence[bool]) -> bool:
-    values = kind.layer.forward_values
-    return any(
-        not one and not isinstance(v, Literal) and _batch_dim(kind, values[v]) is not None
-        for v, one in zip(equation.inputs, copied, strict=True)
-    )
-
-
-def _makes_batch(kind: AnalysedKind, equation: Equation) -> bool:
-    return any(
-        _batch(kind) in kind.layer.dimensions.flat_classes(kind.layer.forward_values[v]) for v in equation.outputs
-    )
-
-
-def _is_per_sample(kind: AnalysedKind, equation: Equation, others: Sequence[Any], sampled: set[Any]) -> bool:
-    """Every result and every operand made of samples has the batch as the major factor of exactly one dimension."""
-    values = kind.layer.forward_values
-    whole = [v for v in others if v in sampled]
-    return equation.name in _PER_SAMPLE and all(
-        _batch_dim(kind, values[v]) is not None for v in [*whole, *equation.outputs]
-    )
-
-
-def _batch_dim(kind: AnalysedKind, value: Value) -> int | None:
-    """Return the dimension that holds the batch alone or as its major factor; None when there is none such."""
-    batch = _batch(kind)
-    dims = [d for d, dim in enumerate(kind.layer.dimensions.classes(value)) if batch in dim]
-    if len(dims) != 1 or kind.layer.dimensions.classes(value)[dims[0]][0] != batch:
-        return None
-    return dims[0]
-
-
-def _batch(kind: AnalysedKind) -> int | None:
-    return next((f for f, name in kind.names.items() if name == BATCH), None)

@@ -1,0 +1,106 @@
+"""How the gradients of one layer's parameters are reduced over the ranks that hold the same weights.
+
+With R ranks in r replicas (hsdp; 1 otherwise), so that z = R / r ranks share weights out among them:
+
+    zero 0                                  all-reduce over R
+    zero 1 to 3, z divides the parameter    reduce-scatter over z, then all-reduce of the shards over r
+    zero 1 to 3, it does not                all-reduce over z, then over r
+    replicas, and use that mixes samples    all-reduce of the whole gradient over R: no replica can make its own part
+                                            (``Parameter.per_sample``), so the partitioner sums over all ranks at once
+
+as often as the gradient adds up partial results (``Parameter.sums``), or once where the compiler adds first; over r
+once. A gradient made from what is reduced already (positions: the sum over the batch comes before the table) is not
+reduced again, but for the replicas: that sum was taken inside a group (``Collective.gradient``).
+
+With several microbatches, zero 0 and 1 reduce *once* a step, and so replicas meet: the accumulated sum, in the storage
+dtype. What mixes samples is reduced in every microbatch at all levels.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..plan import Strategy, zero_dim
+from ..profile import SEQ, CollectiveKind, LayerKind, Parameter
+
+
+class Reduction(NamedTuple):
+    """The reductions of one kind over one group, all parameters together."""
+
+    kind: CollectiveKind
+    group: int
+    once: bool
+    """Once a step, not in every microbatch."""
+    bytes: float = 0.0
+
+
+def gradient_reductions(
+    kind: LayerKind, strategy: Strategy, *, accumulates: bool, merged: bool
+) -> tuple[Reduction, ...]:
+    """Return the reductions of all gradients of a layer.
+
+    Args:
+        kind: The layer kind.
+        strategy: Its strategy.
+        accumulates: Gradients of several microbatches are summed up.
+        merged: Partial results are added up before they are reduced.
+    """
+    gradients, totals = _Gradients(kind, strategy, accumulates, merged), defaultdict[Reduction, float](float)
+    for parameter in kind.parameters:
+        for reduction in gradients.reductions(parameter):
+            totals[reduction._replace(bytes=0.0)] += reduction.bytes
+    return tuple(key._replace(bytes=size) for key, size in totals.items() if size)
+
+
+def is_deferred(strategy: Strategy, *, accumulates: bool) -> bool:
+    """Return whether ranks reduce gradients that they can make apart after the last microbatch only."""
+    return accumulates and strategy.zero <= 1
+
+
+class _Gradients:
+    """The gradients of one layer under one strategy."""
+
+    def __init__(self, kind: LayerKind, strategy: Strategy, accumulates: bool, merged: bool) -> None:
+        self._kind, self._strategy = kind, strategy
+        self._accumulates, self._merged = accumulates, merged
+        self._candidate = kind.best_candidate
+        self._shards = self._candidate.shards(strategy.tp, kind.classes) if self._candidate else {}
+        self._sums_before = any(collective.gradient for collective in kind.data)
+
+    def reductions(self, parameter: Parameter) -> Iterator[Reduction]:
+        s = self._strategy
+        deferred = parameter.per_sample and is_deferred(s, accumulates=self._accumulates)
+        each = self._each(parameter, deferred=deferred)
+        divided = s.zero > 0 and zero_dim(parameter, self._kind.classes, self._shards, s.zero_ranks) is not None
+        if s.replicas == 1 or not parameter.per_sample:
+            scattered = divided and s.replicas == 1
+            yield Reduction("reduce-scatter" if scattered else "all-reduce", s.dp * s.ulysses, deferred, each)
+            return
+        yield Reduction("reduce-scatter" if divided else "all-reduce", s.zero_ranks, deferred, each)
+        summed = self._size(parameter, stored=self._accumulates) if self._meets(parameter) else 0.0
+        yield Reduction("all-reduce", s.replicas, self._accumulates, summed / (s.zero_ranks if divided else 1))
+
+    def _each(self, parameter: Parameter, *, deferred: bool) -> float:
+        """Bytes of reducing one gradient over the ranks of a group."""
+        size = self._size(parameter, stored=deferred)
+        if deferred:
+            return size if self._meets(parameter) else 0.0
+        number = min(parameter.sums, 1) if self._merged else parameter.sums
+        return number * size / self._parts(parameter)
+
+    def _meets(self, parameter: Parameter) -> bool:
+        """Ranks (or replicas) that made gradients of their own have something to add up."""
+        return parameter.sums > 0 or self._sums_before
+
+    def _parts(self, parameter: Parameter) -> int:
+        """Under sp the gradient of a parameter with positions is reduced in as many parts, and gathered after."""
+        candidate, classes = self._candidate, set(parameter.classes())
+        along = self._strategy.sp and SEQ in classes and candidate and classes.isdisjoint(candidate.classes)
+        return self._strategy.tp if along else 1
+
+    def _size(self, parameter: Parameter, *, stored: bool) -> float:
+        """Bytes of one tensor shard, in the compute dtype or as ``stored``."""
+        array = parameter.array(parameter.dtype if stored else parameter.compute_dtype)
+        return array.local_bytes(self._kind.classes, self._shards)
