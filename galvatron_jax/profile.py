@@ -68,6 +68,13 @@ class Array(Value, frozen=True, kw_only=True, omit_defaults=True):
         return ITEM_BYTES[self.dtype] * self.elements(sizes, shards)
 
 
+class Lookup(Value, frozen=True, kw_only=True):
+    """One lookup in a table: what its gradient scatters into the table's."""
+
+    rows: Array
+    indices: Array
+
+
 class Parameter(Value, frozen=True, kw_only=True, omit_defaults=True):
     """One parameter array of a layer kind."""
 
@@ -91,6 +98,9 @@ class Parameter(Value, frozen=True, kw_only=True, omit_defaults=True):
     """Every use treats all samples alike, so that ranks can sum up gradients of their own over microbatches, and groups
     of hsdp theirs, before they meet. The gradient of any other one (of a convolution) is reduced over all ranks where
     it is made."""
+    lookups: tuple[Lookup, ...] = ()
+    """Those of the partial results that are lookups': where a compiler may choose, it moves the rows in place of the
+    table."""
 
     def classes(self) -> tuple[str, ...]:
         """All class names in all dimensions."""
@@ -211,6 +221,9 @@ class Ulysses(Value, frozen=True, kw_only=True):
     collectives: tuple[Collective, ...] = ()
     """Per microbatch; what is summed over ``batch`` too is left out (``LayerKind.data``, gradients of parameters).
     Exchanged arrays are local: divided by the shards of ``batch`` and once by the degree."""
+    unread: tuple[str, ...] = ()
+    """Paths of parameters that the backward pass does not read under remat ``none``, since what they make (biases of
+    queries, keys and values) is exchanged and kept."""
 
 
 class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):

@@ -18,7 +18,7 @@ from ._layer import Layer, Samples, analyse_layer
 from ._names import Given, Names, name_classes, samples
 from ._per_sample import PerSample
 from ._quantities import Quantities
-from ._ulysses import Attention, find_attention, ulysses_collectives
+from ._ulysses import Attention, exchanged_values, find_attention, ulysses_collectives
 
 _WORTH_FACTORING = 0.001
 """Share of the FLOPs that a set behind blocked factors must divide beyond the best flat one."""
@@ -104,7 +104,7 @@ def analyse_kind(
         workspace=quantities.workspace(),
         live=quantities.live(),
         candidates=tuple(_candidate(layer, found, quantities, seq) for found in sets[:1]),
-        ulysses=_ulysses(layer, attention, quantities, by_name),
+        ulysses=_ulysses(layer, attention, quantities, by_name, list(parameters.values())),
         data=() if batch is None else quantities.collectives(data_collectives(PerSample(layer, batch), seq)),
     )
     sizes = {name: layer.dimensions.factors.size(f) for f, name in names.items()}
@@ -160,13 +160,21 @@ def _candidate(layer: Layer, found: ClassSet, quantities: Quantities, seq: int |
 
 
 def _ulysses(
-    layer: Layer, attention: Attention | None, quantities: Quantities, by_name: Mapping[str, int]
+    layer: Layer,
+    attention: Attention | None,
+    quantities: Quantities,
+    by_name: Mapping[str, int],
+    paths: Sequence[str],
 ) -> Ulysses | None:
     if attention is None:
         return None
     exchanges = ulysses_collectives(layer, attention, by_name[BATCH], by_name[SEQ])
+    exchanged = exchanged_values(layer, by_name[SEQ])
+    read = {path: layer.inputs[i] for path, i in zip(paths, layer.parameters, strict=True)}
     return Ulysses(
-        classes=tuple(quantities.names[f] for f in attention.heads), collectives=quantities.collectives(exchanges)
+        classes=tuple(quantities.names[f] for f in attention.heads),
+        collectives=quantities.collectives(exchanges),
+        unread=tuple(path for path, value in read.items() if not layer.reads_again(value, "none", exchanged)),
     )
 
 

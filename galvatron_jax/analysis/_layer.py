@@ -86,18 +86,32 @@ class Layer:
         """Rematerialisations that run ``op`` again."""
         return frozenset(remat for remat, ops in self._recomputed.items() if id(op) in ops)
 
+    def reads_again(self, value: Value, remat: Remat, exchanged: frozenset[int] = frozenset()) -> bool:
+        """Tell whether the backward pass reads an input: its own operations do, or those that ``remat`` runs again.
+
+        Args:
+            value: The input.
+            remat: What is kept.
+            exchanged: Ids of values that are kept besides (``_ulysses``).
+        """
+        again = self._again(remat, exchanged) if exchanged else self._recomputed[remat]
+        return any(phase_of(op) == "backward" or id(op) in again for op in self.readers.get(id(value), ()))
+
     @functools.cached_property
     def _recomputed(self) -> dict[Remat, set[int]]:
         return {remat: self._again(remat) for remat in get_args(Remat)}
 
-    def _again(self, remat: Remat) -> set[int]:
-        """Forward operations between what ``remat`` keeps and what the backward pass needs."""
+    def _again(self, remat: Remat, exchanged: frozenset[int] = frozenset()) -> set[int]:
+        """Forward operations between what ``remat`` keeps, ``exchanged`` among it, and what the backward pass needs."""
         needed = {id(v) for v in self.residuals}
         again = set()
         for op in reversed(self.ops):
-            needs = phase_of(op) == "forward" and any(id(v) in needed for v in op.outputs)
-            if needs and not is_kept(op.name, remat, batched=op.batched):
+            needs = phase_of(op) == "forward" and any(id(v) in needed - exchanged for v in op.outputs)
+            kept = is_kept(op.name, remat, batched=op.batched)
+            if needs and not kept:
                 again.add(id(op))
+            if needs and (not kept or op.name == "scan"):
+                # What a policy keeps of a loop it keeps inside: the elementwise operations of the body run again.
                 needed.update(id(v) for v in op.inputs)
         return again
 

@@ -8,10 +8,10 @@ from typing import get_args
 
 import msgspec
 
-from ..profile import Array, Boundary, Collective, Dot, Live, Moment, Parameter, Phase, Traffic
+from ..profile import Array, Boundary, Collective, Dot, Live, Lookup, Moment, Parameter, Phase, Traffic
 from ..strategy import Remat
 from ._candidates import class_sets
-from ._collectives import Predicted, gradient_sums
+from ._collectives import Predicted, gradient_sums, root_of
 from ._dimensions import Op, Value
 from ._fusion import Fusion, unique
 from ._layer import Layer, phase_of
@@ -53,9 +53,10 @@ class Quantities:
                 dtype=self.layer.inputs[index].dtype,
                 compute_dtype=self._compute_dtype(self.layer.inputs[index]),
                 dims=self._dims(self.layer.inputs[index]),
-                reread=self._reread(self.layer.inputs[index]),
+                reread=tuple(r for r in get_args(Remat) if self.layer.reads_again(self.layer.inputs[index], r)),
                 sums=sums[id(self.layer.gradients.get(index))],
                 per_sample=position in apart,
+                lookups=self._lookups(index, samples.batch),
             )
             for position, (path, index) in enumerate(zip(paths, self.layer.parameters, strict=True))
         )
@@ -239,12 +240,13 @@ class Quantities:
         left, right = (Counter(self.layer.dimensions.flat_classes(v)) for v in op.inputs[:2])
         return left + right - out - summed
 
-    def _reread(self, value: Value) -> tuple[Remat, ...]:
-        readers = self.layer.readers.get(id(value), ())
+    def _lookups(self, index: int, batch: int | None) -> tuple[Lookup, ...]:
+        """Return the lookups in a parameter's table whose gradients are sums over the batch."""
+        layer, gradient = self.layer, id(self.layer.gradients.get(index))
         return tuple(
-            remat
-            for remat in get_args(Remat)
-            if any(phase_of(op) == "backward" or remat in self.layer.recomputed_by(op) for op in readers)
+            Lookup(rows=self.array(op.inputs[2]), indices=self.array(op.inputs[1]))
+            for op in layer.ops
+            if op.name == "scatter-add" and batch in layer.contracted(op) and root_of(layer, op.outputs[0]) == gradient
         )
 
     def _compute_dtype(self, value: Value) -> str:

@@ -88,6 +88,12 @@ def ulysses_collectives(layer: Layer, attention: Attention, batch: int, seq: int
     return found + sums
 
 
+def exchanged_values(layer: Layer, seq: int) -> frozenset[int]:
+    """Return the ids of the values that cross: remat ``none`` keeps them, so that none crosses twice."""
+    border = _border(layer, _steps(layer), seq)
+    return frozenset(border.entering) | frozenset(border.leaving)
+
+
 # ---------------------------------------------------------------------------------------------------------- the border
 @dataclasses.dataclass(slots=True)
 class _Crossing:

@@ -12,18 +12,27 @@ as often as the gradient adds up partial results (``Parameter.sums``), or once w
 once. A gradient made from what is reduced already (positions: the sum over the batch comes before the table) is not
 reduced again, but for the replicas: that sum was taken inside a group (``Collective.gradient``).
 
+Replicas leave the layout of a gradient to the partitioner until it is scattered, and of a lookup's gradient it makes
+what takes the smallest arrays (xla/service/spmd/gather_scatter_handler.cc orders its methods so): the table reduced, or
+the rows of the samples moved to who holds the part of the table that they are of. It counts the table whole, and where
+tensor ranks share it out it counts its bytes twice, since it would gather it before. Rows moved:
+
+    z divides the looked-up dimension    all-gather of rows and indices over z
+    z divides another one                all-to-all of rows over z, all-gather of indices
+
 With several microbatches, zero 0 and 1 reduce *once* a step, and so replicas meet: the accumulated sum, in the storage
 dtype. What mixes samples is reduced in every microbatch at all levels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..plan import Strategy, zero_dim
-from ..profile import SEQ, CollectiveKind, LayerKind, Parameter
+from ..profile import BATCH, SEQ, CollectiveKind, LayerKind, Lookup, Parameter
 
 
 class Reduction(NamedTuple):
@@ -37,17 +46,21 @@ class Reduction(NamedTuple):
 
 
 def gradient_reductions(
-    kind: LayerKind, strategy: Strategy, *, accumulates: bool, merged: bool
+    kind: LayerKind, strategy: Strategy, microbatch: int, *, accumulates: bool, merged: bool
 ) -> tuple[Reduction, ...]:
     """Return the reductions of all gradients of a layer.
 
     Args:
         kind: The layer kind.
         strategy: Its strategy.
+        microbatch: Samples over all ranks.
         accumulates: Gradients of several microbatches are summed up.
         merged: Partial results are added up before they are reduced.
     """
-    gradients, totals = _Gradients(kind, strategy, accumulates, merged), defaultdict[Reduction, float](float)
+    gradients, totals = (
+        _Gradients(kind, strategy, microbatch, accumulates, merged),
+        defaultdict[Reduction, float](float),
+    )
     for parameter in kind.parameters:
         for reduction in gradients.reductions(parameter):
             totals[reduction._replace(bytes=0.0)] += reduction.bytes
@@ -62,8 +75,8 @@ def is_deferred(strategy: Strategy, *, accumulates: bool) -> bool:
 class _Gradients:
     """The gradients of one layer under one strategy."""
 
-    def __init__(self, kind: LayerKind, strategy: Strategy, accumulates: bool, merged: bool) -> None:
-        self._kind, self._strategy = kind, strategy
+    def __init__(self, kind: LayerKind, strategy: Strategy, microbatch: int, accumulates: bool, merged: bool) -> None:
+        self._kind, self._strategy, self._samples = kind, strategy, microbatch // strategy.replicas
         self._accumulates, self._merged = accumulates, merged
         self._candidate = kind.best_candidate
         self._shards = self._candidate.shards(strategy.tp, kind.classes) if self._candidate else {}
@@ -72,23 +85,45 @@ class _Gradients:
     def reductions(self, parameter: Parameter) -> Iterator[Reduction]:
         s = self._strategy
         deferred = parameter.per_sample and is_deferred(s, accumulates=self._accumulates)
-        each = self._each(parameter, deferred=deferred)
-        divided = s.zero > 0 and zero_dim(parameter, self._kind.classes, self._shards, s.zero_ranks) is not None
+        dim = zero_dim(parameter, self._kind.classes, self._shards, s.zero_ranks) if s.zero else None
+        kind: CollectiveKind = "all-reduce" if dim is None else "reduce-scatter"
         if s.replicas == 1 or not parameter.per_sample:
-            scattered = divided and s.replicas == 1
-            yield Reduction("reduce-scatter" if scattered else "all-reduce", s.dp * s.ulysses, deferred, each)
+            whole = self._each(parameter, parameter.sums, deferred=deferred)
+            yield Reduction(kind if s.replicas == 1 else "all-reduce", s.dp * s.ulysses, deferred, whole)
             return
-        yield Reduction("reduce-scatter" if divided else "all-reduce", s.zero_ranks, deferred, each)
+        lookups = () if dim is None or self._accumulates else parameter.lookups
+        moved = [self._moves(parameter, lookup, parameter.dims[dim or 0]) for lookup in lookups]
+        left = parameter.sums - sum(map(bool, moved))
+        yield from itertools.chain(*moved)
+        yield Reduction(kind, s.zero_ranks, deferred, self._each(parameter, left, deferred=deferred))
         summed = self._size(parameter, stored=self._accumulates) if self._meets(parameter) else 0.0
-        yield Reduction("all-reduce", s.replicas, self._accumulates, summed / (s.zero_ranks if divided else 1))
+        yield Reduction("all-reduce", s.replicas, self._accumulates, summed / (1 if dim is None else s.zero_ranks))
 
-    def _each(self, parameter: Parameter, *, deferred: bool) -> float:
-        """Bytes of reducing one gradient over the ranks of a group."""
+    def _moves(self, parameter: Parameter, lookup: Lookup, scattered: tuple[str | int, ...]) -> list[Reduction]:
+        """Return what moves rows and indices in place of the table; nothing where the table is smaller.
+
+        Args:
+            parameter: The table.
+            lookup: One lookup in it.
+            scattered: The dimension of the table that the ranks share out.
+        """
+        table, ranks = self._size(parameter, stored=False), self._strategy.zero_ranks
+        sizes = {**self._kind.classes, BATCH: self._samples}
+        rows, indices = (array.local_bytes(sizes, {}) for array in (lookup.rows, lookup.indices))
+        exchanged = set(scattered) <= set(lookup.rows.classes)
+        rows /= ranks if exchanged else 1
+        whole = parameter.array(parameter.compute_dtype).local_bytes(self._kind.classes, {})
+        if (max(rows, indices, table / ranks), rows + indices) >= (whole, whole if whole == table else 2 * whole):
+            return []
+        kind: CollectiveKind = "all-to-all" if exchanged else "all-gather"
+        return [Reduction(kind, ranks, False, rows), Reduction("all-gather", ranks, False, indices)]
+
+    def _each(self, parameter: Parameter, number: int, *, deferred: bool) -> float:
+        """Bytes of reducing ``number`` partial results of one gradient, or their sum, over the ranks of a group."""
         size = self._size(parameter, stored=deferred)
         if deferred:
             return size if self._meets(parameter) else 0.0
-        number = min(parameter.sums, 1) if self._merged else parameter.sums
-        return number * size / self._parts(parameter)
+        return (min(number, 1) if self._merged else number) * size / self._parts(parameter)
 
     def _meets(self, parameter: Parameter) -> bool:
         """Ranks (or replicas) that made gradients of their own have something to add up."""

@@ -7,7 +7,7 @@ Listed for one microbatch's forward and backward pass, layer by layer:
     data       of sharding the batch over the dp ranks, parameter gradients left out (the mean of the loss)
     weights    zero 3 gathers the parameters that its ranks divide, in forward and, those that the backward pass reads
                (``Parameter.reread``), in backward, in the compute dtype; a tied one not again in forward where the
-               layer that holds it has the same strategy
+               layer that holds it has its weights in the same places
     gradient   reductions of parameter gradients (``_gradient_collectives``); with several microbatches some of them run
                *once* a step
     relayout   between neighbours of a stage (``_stream.relayout_steps``), and between its ends and the wire to other
@@ -79,14 +79,14 @@ def plan_collectives(
     for s, stage in enumerate(plan.stages):
         wire = wire_layout(plan.cluster, stage.devices, plan.microbatch_size)
         before = wire if s else None
-        held, beside = set[Strategy](), StandingValues(plan.microbatch_size)
+        held, beside = set[Spread](), StandingValues(plan.microbatch_size)
         for name, strategy in stage.layers():
             layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size, plan.microbatches > 1)
             found += layer.relayout(before) if before else ()
             found += layer.moves(beside)
             found += layer.activations(merged=sums_before_reducing)
             found += layer.weights(merged=sums_before_reducing, held=held)
-            held.add(strategy)
+            held.add(Spread.of(strategy))
             before, position = strategy, position + 1
         if before and s + 1 < len(plan.stages):
             taker = model.kind(plan.stages[s + 1].runs[0].kind)
@@ -130,28 +130,35 @@ class _PlannedLayer:
         data = (c for c in data_collectives(self.kind, self.strategy) if not (deferred and c.collective.gradient))
         yield from self._of_passes(data, "data", merged)
 
-    def weights(self, *, merged: bool, held: Container[Strategy]) -> Iterator[PlannedCollective]:
+    def weights(self, *, merged: bool, held: Container[Spread]) -> Iterator[PlannedCollective]:
         """Yield the gathers of parameters and the reductions of their gradients.
 
         Args:
             merged: Partial results are added up before they are reduced.
-            held: Strategies under which layers before have gathered tied parameters.
+            held: How weights lie in the layers before, which have gathered tied parameters.
         """
         spread = Spread.of(self.strategy)
         if spread.ranks == 1 or not self.kind.parameters:
             return
-        remat = self.strategy.remat
         if spread.zero >= 3:
             ways: tuple[tuple[Phase, Callable[[Parameter], bool]], ...] = (
-                ("forward", lambda p: not (p.tied and self.strategy in held)),
-                ("backward", lambda p: remat in p.reread),
+                ("forward", lambda p: not (p.tied and spread in held)),
+                ("backward", self._is_reread),
             )
             for phase, counts in ways:
                 size_bytes = self._gathered_bytes(counts)
                 if size_bytes:
                     yield self._planned("all-gather", "weights", phase, spread.zero_ranks, size_bytes)
-        for r in gradient_reductions(self.kind, self.strategy, accumulates=self.accumulates, merged=merged):
+        for r in gradient_reductions(
+            self.kind, self.strategy, self.microbatch, accumulates=self.accumulates, merged=merged
+        ):
             yield dataclasses.replace(self._planned(r.kind, "gradient", "backward", r.group, r.bytes), once=r.once)
+
+    def _is_reread(self, parameter: Parameter) -> bool:
+        """Tell whether the backward pass reads a parameter."""
+        strategy, ulysses = self.strategy, self.kind.ulysses
+        kept = ulysses.unread if ulysses and strategy.ulysses > 1 and strategy.remat == "none" else ()
+        return strategy.remat in parameter.reread and parameter.path not in kept
 
     def _gathered_bytes(self, counts: Callable[[Parameter], bool]) -> float:
         """Bytes, in the compute dtype, of the parameters that count among those that zero can divide."""

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from galvatron_jax.cost._gradient_collectives import gradient_reductions
-from galvatron_jax.profile import Array, Collective, LayerKind, Parameter
+from galvatron_jax.profile import Array, Collective, LayerKind, Lookup, Parameter
 from galvatron_jax.strategy import Strategy
 from tests.cost.settings import MODEL
 
@@ -36,7 +36,7 @@ def found(parameter: Parameter, strategy: Strategy, *, microbatches: int = 1) ->
     kind: LayerKind = msgspec.structs.replace(
         MODEL.kinds[1], parameters=(parameter,), classes={"embed": 4, "mlp": 8}, candidates=(), data=sums
     )
-    reductions = gradient_reductions(kind, strategy, accumulates=microbatches > 1, merged=False)
+    reductions = gradient_reductions(kind, strategy, 8, accumulates=microbatches > 1, merged=False)
     return {(r.kind, r.group, r.bytes, r.once) for r in reductions}
 
 
@@ -78,3 +78,28 @@ def test_several_microbatches(parameter: Parameter, strategy: Strategy, expected
 def test_partial_results_are_reduced_each_and_meet_across_replicas_once() -> None:
     tied = msgspec.structs.replace(KERNEL, sums=3)
     assert found(tied, HSDP) == {("reduce-scatter", 4, 3 * 64, False), ("all-reduce", 2, 16, False)}
+
+
+@pytest.mark.parametrize(
+    ("vocab", "embed", "expected"),
+    [
+        (64, 8, {("reduce-scatter", 4, 64 * 8 * 4, False)}),  # as large as the rows
+        (72, 8, {("all-gather", 4, 4 * 16 * (8 * 4 + 4), False)}),
+        (8, 64, {("reduce-scatter", 4, 8 * 64 * 4, False)}),
+        (24, 64, {("all-to-all", 4, 16 * 64 * 4, False), ("all-gather", 4, 4 * 16 * 4, False)}),
+    ],
+)
+def test_replicas_move_the_rows_of_a_lookup_where_they_are_less_than_the_table(
+    vocab: int, embed: int, expected: Found
+) -> None:
+    """Of four samples in a group, 16 tokens each."""
+    rows = Array(dtype="float32", classes=("batch", "embed", "seq"))
+    lookup = Lookup(rows=rows, indices=Array(dtype="int32", classes=("batch", "seq")))
+    table = Parameter(
+        path="table", dtype="float32", compute_dtype="float32", dims=(("vocab",), ("embed",)), lookups=(lookup,)
+    )
+    sizes = {"vocab": vocab, "embed": embed, "seq": 16}
+    kind = msgspec.structs.replace(MODEL.kinds[0], parameters=(table,), classes=sizes, candidates=(), data=())
+    reductions = gradient_reductions(kind, HSDP, 8, accumulates=False, merged=False)
+    across = ("all-reduce", 2, vocab * embed, False)
+    assert {(r.kind, r.group, r.bytes, r.once) for r in reductions} == expected | {across}

@@ -20,10 +20,12 @@ import pytest
 from galvatron_jax.plan import Strategy
 from galvatron_jax.runtime._slots import to_user
 from tests.runtime.zoo_plans import (
+    FAMILIES,
     Choose,
     Totals,
     analysed,
     case,
+    compiled_gradients,
     compiled_totals,
     difference,
     first_legal,
@@ -58,6 +60,19 @@ EXCUSED: dict[tuple[str, str], Totals] = {
 of docs/collectives.md is this one, with reasons."""
 
 CASES = [pytest.param(name, plan, id=f"{name}-{plan}") for name in ZOO for plan in PLANS]
+
+OTHERS = [
+    ("bert", "hsdp"),  # positions: the sum over the batch comes before the table
+    ("vit", "hsdp"),  # a convolution and a broadcast mix samples
+    ("t5", "hsdp"),  # a lookup whose rows are less than its table
+    ("swin", "hsdp"),
+    ("bert", "mixed"),  # a mask, read by layers of other layouts
+    ("t5", "mixed"),  # an encoder's output, relative biases
+    ("hybrid", "mixed"),  # two groups of layers, statistics
+    ("gru", "zero 3"),  # a loop in time runs its elementwise operations again
+    ("gpt2", "ulysses, zero 3"),  # biases of what is exchanged and kept
+]
+"""Models under other families of plans, each for what it has; benchmarks/zoo_collectives.py compares all."""
 
 
 @functools.cache
@@ -95,6 +110,13 @@ def test_model_on_eight_devices_computes_the_same_with_the_predicted_collectives
     got = (loss, rows.together(apart, rows.apart(*fresh(name))[1])[0])
     for a, b in zip(jax.tree.leaves(on_one_device(name)), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=case(name).tolerance, atol=case(name).tolerance)
+
+
+@pytest.mark.parametrize(("name", "family"), OTHERS)
+def test_other_families_compile_to_the_predicted_collectives(name: str, family: str) -> None:
+    """Nothing runs: equal numbers are the business of the tests above and of ``test_equivalence``."""
+    plan = plan_for(analysed(name), FAMILIES[family])
+    assert difference(compiled_totals(compiled_gradients(name, plan)), predicted_totals(plan, analysed(name))) == {}
 
 
 def test_documentation_lists_the_excused_pairs() -> None:
