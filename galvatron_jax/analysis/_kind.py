@@ -174,7 +174,11 @@ def _ulysses(
     return Ulysses(
         classes=tuple(quantities.names[f] for f in attention.heads),
         collectives=quantities.collectives(exchanges),
-        unread=tuple(path for path, value in read.items() if not layer.reads_again(value, "none", exchanged)),
+        unread=tuple(
+            path
+            for path, value in read.items()
+            if layer.reads_again(value, "none") and not layer.reads_again(value, "none", exchanged)
+        ),
     )
 
 
