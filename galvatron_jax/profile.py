@@ -72,6 +72,7 @@ class Lookup(Value, frozen=True, kw_only=True):
     """One lookup in a table: what its gradient scatters into the table's."""
 
     rows: Array
+    """On the narrow side of a cast: in this dtype they move."""
     indices: Array
 
 

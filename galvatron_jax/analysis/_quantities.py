@@ -11,7 +11,7 @@ import msgspec
 from ..profile import Array, Boundary, Collective, Dot, Live, Lookup, Moment, Parameter, Phase, Traffic
 from ..strategy import Remat
 from ._candidates import class_sets
-from ._collectives import Predicted, gradient_sums, root_of
+from ._collectives import Predicted, gradient_sums, narrow_source, root_of
 from ._dimensions import Op, Value
 from ._fusion import Fusion, unique
 from ._layer import Layer, phase_of
@@ -244,7 +244,7 @@ class Quantities:
         """Return the lookups in a parameter's table whose gradients are sums over the batch."""
         layer, gradient = self.layer, id(self.layer.gradients.get(index))
         return tuple(
-            Lookup(rows=self.array(op.inputs[2]), indices=self.array(op.inputs[1]))
+            Lookup(rows=self.array(narrow_source(layer, op.inputs[2])), indices=self.array(op.inputs[1]))
             for op in layer.ops
             if op.name == "scatter-add" and batch in layer.contracted(op) and root_of(layer, op.outputs[0]) == gradient
         )

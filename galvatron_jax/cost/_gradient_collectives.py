@@ -31,6 +31,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from ..plan import Strategy, zero_dim
 from ..profile import BATCH, SEQ, CollectiveKind, LayerKind, Lookup, Parameter
 
@@ -108,12 +110,15 @@ class _Gradients:
             scattered: The dimension of the table that the ranks share out.
         """
         table, ranks = self._size(parameter, stored=False), self._strategy.zero_ranks
-        sizes = {**self._kind.classes, BATCH: self._samples}
-        rows, indices = (array.local_bytes(sizes, {}) for array in (lookup.rows, lookup.indices))
-        exchanged = set(scattered) <= set(lookup.rows.classes)
-        rows /= ranks if exchanged else 1
         whole = parameter.array(parameter.compute_dtype).local_bytes(self._kind.classes, {})
-        if (max(rows, indices, table / ranks), rows + indices) >= (whole, whole if whole == table else 2 * whole):
+        sizes = {**self._kind.classes, BATCH: self._samples}
+        exchanged = set(scattered) <= set(lookup.rows.classes)
+        wide, rows = (
+            array.local_bytes(sizes, {}) / (ranks if exchanged else 1)
+            for array in (msgspec.structs.replace(lookup.rows, dtype=parameter.compute_dtype), lookup.rows)
+        )
+        indices = lookup.indices.local_bytes(sizes, {})
+        if (max(wide, indices, table / ranks), wide + indices) >= (whole, whole if whole == table else 2 * whole):
             return []
         kind: CollectiveKind = "all-to-all" if exchanged else "all-gather"
         return [Reduction(kind, ranks, False, rows), Reduction("all-gather", ranks, False, indices)]
