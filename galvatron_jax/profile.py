@@ -239,8 +239,8 @@ class Boundary(Value, frozen=True, kw_only=True, omit_defaults=True):
     """It depends on the batch alone, not on parameters (a mask, positions, a rotary table): every pipeline stage makes
     it again in place of receiving it."""
     value: str = ""
-    """Which value of the program it is, where it is one and the same in all layers of the kind: equal names in several
-    kinds are one array (tokens that embedding and head read, an encoder's output)."""
+    """Which value of the program it is, beside the stream and where all layers of the kind have the same one: equal
+    names in several kinds are one array (tokens that embedding and head read, an encoder's output)."""
 
 
 class Moment(Value, frozen=True, kw_only=True, omit_defaults=True):

@@ -55,12 +55,13 @@ class Crossings:
 
     def _described(self, boundary: Boundary, variables: Sequence[Variable]) -> Boundary:
         """Describe the value at one place, over all layers of the kind."""
+        stream = any(v in self.stream for v in variables)
         return msgspec.structs.replace(
             boundary,
             gradient=any(v in self.trained for v in variables),
-            stream=any(v in self.stream for v in variables),
+            stream=stream,
             recomputed=all(v in self.remade for v in variables),
-            value=self.names.get(variables[0], "") if len(set(variables)) == 1 else "",
+            value=self.names.get(variables[0], "") if len(set(variables)) == 1 and not stream else "",
         )
 
 
