@@ -108,7 +108,14 @@ def test_op_name_says_where_it_comes_from_and_is_empty_without() -> None:
     assert only(ASYNC_REDUCE_SCATTER).op_name == ""
 
 
-def test_in_loop_reaches_what_a_body_calls_and_nothing_else() -> None:
+@pytest.mark.parametrize(
+    "turns",
+    [
+        'x={"known_trip_count":{"n":"7"}}',
+        'metadata={op_name="jit(_train)/microbatches_7/while"}',  # the compiler does not know (runtime._microbatches)
+    ],
+)
+def test_in_loop_reaches_what_a_body_calls_and_nothing_else(turns: str) -> None:
     text = """\
 %inner (p: f32[8]) -> f32[8] {
   ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
@@ -124,9 +131,7 @@ ENTRY %main.3 (p: f32[8]) -> f32[8] {
   %all-to-all.3 = f32[8]{0} all-to-all(%y), replica_groups={{0,1}}, dimensions={0}
 }
 """
-    text = text.replace(
-        "condition=%cond, body=%body.2", 'condition=%cond, body=%body.2, x={"known_trip_count":{"n":"7"}}'
-    )
+    text = text.replace("condition=%cond, body=%body.2", f"condition=%cond, body=%body.2, {turns}")
     assert [c.times for c in collectives(text)] == [7, 7, 1]
     assert [(c.kind, c.in_loop) for c in collectives(text)] == [
         ("all-reduce", True),
