@@ -7,7 +7,7 @@ Listed for one microbatch's forward and backward pass, layer by layer:
     data       of sharding the batch over the dp ranks, parameter gradients left out (the mean of the loss)
     weights    zero 3 gathers the parameters that its ranks divide, in forward and, those that the backward pass reads
                (``Parameter.reread``), in backward, in the compute dtype; a tied one not again in forward where the
-               layer that holds it has its weights in the same places
+               layer that holds it has its weights in the same places and nobody casts it (``_is_gathered_once``)
     gradient   reductions of parameter gradients (``_gradient_collectives``); with several microbatches some of them run
                *once* a step
     relayout   between neighbours of a stage (``_stream.relayout_steps``), and between its ends and the wire to other
@@ -142,7 +142,7 @@ class _PlannedLayer:
             return
         if spread.zero >= 3:
             ways: tuple[tuple[Phase, Callable[[Parameter], bool]], ...] = (
-                ("forward", lambda p: not (p.tied and spread in held)),
+                ("forward", lambda p: not (_is_gathered_once(p) and spread in held)),
                 ("backward", self._is_reread),
             )
             for phase, counts in ways:
@@ -200,3 +200,11 @@ class _PlannedLayer:
             count=count,
             bytes=size_bytes,
         )
+
+
+def _is_gathered_once(parameter: Parameter) -> bool:
+    """Tell whether layers under one strategy share a gather: the partitioner moves a value once for all its readers.
+
+    Each layer's cast of a tied parameter is a value of its own: the compiler merges the casts, but not the gathers.
+    """
+    return parameter.tied and parameter.compute_dtype == parameter.dtype

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
 import pytest
 
 from galvatron_jax.cluster import Cluster
@@ -135,3 +136,24 @@ def test_stages_of_one_device_list_nothing() -> None:
 @pytest.mark.parametrize("degree", [2, 4, 8])
 def test_relayout_steps_of_equal_layouts_are_none(degree: int) -> None:
     assert relayout_steps(tp(degree, sp=True), tp(degree, sp=True, zero=3, remat="full")) == ()
+
+
+@pytest.mark.parametrize(("compute_dtype", "gathers"), [("float32", 0), ("bfloat16", 1)])
+def test_tied_parameter_is_gathered_again_by_a_layer_that_casts_it(compute_dtype: str, gathers: int) -> None:
+    model = llama_like_profile(layers=1, embed=64, heads=8, head_dim=8, mlp=128, vocab=256, seq=32)
+    head = model.kind("head")
+    kernel = max(head.parameters, key=lambda p: p.array().elements(head.classes, {}))
+    tied = msgspec.structs.replace(kernel, dtype="float32", compute_dtype=compute_dtype, tied=True)
+    head = msgspec.structs.replace(head, parameters=(tied,))
+    model = msgspec.structs.replace(model, kinds=tuple(head if k.name == "head" else k for k in model.kinds))
+    runs = tuple(PlanRun(kind=run.kind, count=1, strategy=Strategy(dp=8, zero=3)) for run in model.layers)
+    plan = Plan(
+        model=model_reference(model),
+        cluster=CLUSTER,
+        global_batch=MICROBATCH,
+        stages=(Stage(devices=8, runs=runs),),
+    )
+    found = [
+        c for c in plan_collectives(plan, model) if (c.layer_kind, c.cause, c.phase) == ("head", "weights", "forward")
+    ]
+    assert len(found) == gathers
