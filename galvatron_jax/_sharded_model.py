@@ -241,14 +241,8 @@ class ShardedModel:
         """Build the programs of a plan; none of them is compiled yet."""
         analysis = self._analyse(batch, plan.microbatch_size, plan.model.name)
         check_plan(plan, analysis.profile)
-        if plan.microbatches > 1 and (statistics := analysis.statistics):
-            warnings.warn(
-                f"{', '.join(statistics[:3])}{' ...' if len(statistics) > 3 else ''}: statistics of each of"
-                f" {plan.microbatches} microbatches of {plan.microbatch_size} samples, not of the batch of"
-                f" {plan.global_batch}; a plan of one microbatch keeps them (--microbatches 1)",
-                UserWarning,
-                stacklevel=4,
-            )
+        if plan.microbatches > 1:
+            _warn_of_microbatches(analysis, plan)
         if len(plan.stages) > 1:
             return PipelinePrograms(
                 analysis,
@@ -333,3 +327,18 @@ def _batch_size(batch: Any) -> int:
             action="pass a pytree of arrays such as {'inputs': ..., 'targets': ...}",
         )
     return samples
+
+
+def _warn_of_microbatches(analysis: Analysis, plan: Plan) -> None:
+    """Say what several microbatches compute otherwise than one batch would."""
+    of = f"of each of {plan.microbatches} microbatches of {plan.microbatch_size} samples, not of the batch of"
+    keep = f"{plan.global_batch}; a plan of one microbatch keeps"
+    if statistics := analysis.statistics:
+        names = f"{', '.join(statistics[:3])}{' ...' if len(statistics) > 3 else ''}"
+        text = f"{names}: statistics {of} {keep} them (--microbatches 1)"
+    elif mixed := analysis.mixed_samples:
+        names = f"{', '.join(mixed[:3])}{' ...' if len(mixed) > 3 else ''}"
+        text = f"the loss is no mean over samples ({names}): the mean of the losses {of} {keep} it (--microbatches 1)"
+    else:
+        return
+    warnings.warn(text, UserWarning, stacklevel=5)

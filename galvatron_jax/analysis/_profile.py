@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
 from ._flow import trained_values
 from ._kind import AnalysedKind, analyse_kind
 from ._marks import ATTENTION
+from ._mixing import mixed_samples
 from ._pure_model import Loss, dotted
 from ._read import read_model
 from ._rows import Rows
@@ -47,6 +49,11 @@ class Analysis:
         floating = (jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating) for _, leaf in known)
         changes = zip(known, before, after, floating, strict=True)
         return [dotted(path) for (path, _), old, new, is_float in changes if is_float and new is not old]
+
+    @functools.cached_property
+    def mixed_samples(self) -> list[str]:
+        """Where the loss is no mean over samples, as ``"div in head"``: it depends on the microbatch's size."""
+        return mixed_samples(self.cut.segments, self.kinds)
 
 
 def analyse_model(

@@ -53,6 +53,9 @@ def _header(analysis: Analysis) -> list[Line]:
         lines.append(labelled("random", "draws from keys in its state; each microbatch draws its own numbers"))
     if analysis.statistics:
         lines.append(labelled("state", "statistics made from activations: of each microbatch, not of the whole batch"))
+    elif analysis.mixed_samples:
+        where = ", ".join(analysis.mixed_samples)
+        lines.append(labelled("loss", f"no mean over samples ({where}): microbatches lose what they would alone"))
     return lines
 
 
