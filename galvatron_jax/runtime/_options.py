@@ -5,7 +5,8 @@ of it. Read in the schedule of a program for 16 H100 (zero 3, full remat, 16 lay
 of collectives exposed without, 2.3 with them; 3.4 and 3.9 GiB at the peak.
 
 ``pipelined_*``         a collective of one turn runs beside the products of the turn before or after it
-``double_buffering``    two turns of the loop become one, so that what is on its way needs no copy
+``double_buffering``    two turns of the loop become one, so that what is on its way needs no copy: of loops whose
+                        number of turns XLA knows, so not of the loop over microbatches (``_microbatches``)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Sums of gradients over the microbatches of a step.
 
-A backward loop over layers makes a stack of gradients, which is then added to the sums: with the zeros that XLA starts
-such a stack from, three times the bytes of the gradients. Gradients that nobody reduces before the last microbatch are
-therefore added up *in place*, layer by layer, where they are made. Those that every microbatch reduces (zero 2 and 3)
-come as a stack of shards: only there XLA hides the reduction of a layer behind the next one (compiled for 16 H100,
-docs/design/0055: in place, twice the exposed time of collectives).
+A backward loop over layers makes a stack of gradients, which is then added to the sums: twice the bytes of the
+gradients. Gradients that nobody reduces before the last microbatch are therefore added up *in place*, layer by layer,
+where they are made. Those that every microbatch reduces (zero 2 and 3) come as a stack of shards: only there XLA hides
+the reduction of a layer behind the next one (compiled for 16 H100, docs/design/0055: in place, twice the exposed time
+of collectives).
 """
 
 from __future__ import annotations
