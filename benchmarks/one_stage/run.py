@@ -3,6 +3,8 @@
 python benchmarks/one_stage/run.py time      step time on 8 virtual CPU devices: paired, in turn, medians
 python benchmarks/one_stage/run.py memory    the same two programs compiled for 8 H100 without a GPU: bytes at the peak
 python benchmarks/one_stage/run.py depth     trace, lowering and compile time and program length for 8 to 128 layers
+python benchmarks/one_stage/run.py mixed     the same for 32 layers under several strategies, against one strategy
+python benchmarks/one_stage/run.py mixed h100     the same, 7B width, compiled for 8 H100 without a GPU
 python benchmarks/one_stage/run.py dispatch  host time of one call of the compiled step, result not awaited
 
 Each prints one JSON object a line. Timings need a machine that does nothing else.
@@ -16,7 +18,8 @@ import os
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -37,6 +40,16 @@ from galvatron_jax.runtime import StagePrograms, compiler_options, plan_model, s
 
 DEVICES = 8
 PLANS = {"fsdp": Strategy(dp=8, zero=3, remat="full"), "dp": Strategy(dp=8, remat="full")}
+TENSOR, SUMMED = Strategy(tp=2, dp=4, remat="full"), Strategy(dp=8, zero=2)
+MIXED = {
+    "one strategy": [PLANS["fsdp"]] * 32,
+    "two, a run each": [PLANS["fsdp"]] * 20 + [TENSOR] * 12,
+    "three, a run each": [PLANS["fsdp"]] * 13 + [TENSOR] * 12 + [SUMMED] * 7,
+    "two, eight runs in turn": ([PLANS["fsdp"]] * 4 + [TENSOR] * 4) * 4,
+    "two, layer by layer": [PLANS["fsdp"], TENSOR] * 16,
+}
+"""Strategies of 32 layers."""
+TOY = LlamaConfig(seq=64, vocab=256, embed=64, mlp=128, layers=8, heads=8, kv_heads=8, dtype="float32")
 SMALL = LlamaConfig(seq=128, vocab=512, embed=256, mlp=512, layers=8, heads=8, kv_heads=8, dtype="float32")
 LARGE = LlamaConfig(seq=4096, vocab=32000, embed=4096, mlp=11008, layers=8, heads=32, kv_heads=32, dtype="bfloat16")
 
@@ -140,24 +153,41 @@ def measure_memory() -> None:
 
 
 def measure_depth() -> None:
-    """Trace, lower and compile programs of several depths and of three strategies: seconds of processor time."""
-    base = LlamaConfig(seq=64, vocab=256, embed=64, mlp=128, layers=8, heads=8, kv_heads=8, dtype="float32")
-    fsdp, tensor = PLANS["fsdp"], Strategy(tp=2, dp=4, remat="full")
-    mixed = [fsdp] * 14 + [tensor] * 12 + [Strategy(dp=8, zero=2)] * 8
-    for name, layers, strategies in (
-        *((f"uniform {n}", n, [fsdp] * (n + 2)) for n in (8, 32, 128)),
-        ("mixed 32", 32, mixed),
-    ):
-        programs, seconds = ours(dataclasses.replace(base, layers=layers), strategies, jax.devices()[:DEVICES], 16)
-        shape = jax.ShapeDtypeStruct((16, base.seq), jnp.int32)
-        start = time.process_time()
-        train: Any = programs.train
-        lowered = train.lower(programs.abstract_state, [shape, shape])
-        seconds["trace_and_lower_s"] = time.process_time() - start
-        start = time.process_time()
-        compiled = lowered.compile()
-        seconds["compile_s"] = time.process_time() - start
-        report(what="depth", plan=name, layers=layers, **seconds, hlo_bytes=len(compiled.as_text() or ""))
+    """Trace, lower and compile programs of several depths: seconds of processor time."""
+    for layers in (8, 32, 128):
+        config = dataclasses.replace(TOY, layers=layers)
+        measure_compile("depth", f"uniform {layers}", config, [PLANS["fsdp"]] * (layers + 2), jax.devices()[:DEVICES])
+
+
+def measure_mixed(gpu: str = "") -> None:
+    """Trace, lower and compile 32 layers under one strategy and under several: seconds of processor time."""
+    config, devices = dataclasses.replace(LARGE if gpu else TOY, layers=32), jax.devices()[:DEVICES]
+    if gpu:
+        from jax.experimental import topologies
+
+        from galvatron_jax.verify._target import load_target
+
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology=f"1x1x{DEVICES}", target_config=load_target(gpu)
+        )
+        devices = topology.devices
+    for name, layers in MIXED.items():
+        measure_compile("mixed", name, config, [PLANS["fsdp"], *layers, PLANS["fsdp"]], devices)
+
+
+def measure_compile(what: str, name: str, config: LlamaConfig, strategies: list[Strategy], devices: Any) -> None:
+    """Trace, lower and compile one train step; report seconds of processor time."""
+    programs, seconds = ours(config, strategies, devices, 16)
+    shape = jax.ShapeDtypeStruct((16, config.seq), jnp.int32)
+    train, state = cast(Any, programs.train), programs.abstract_state
+    start = time.process_time()
+    traced = train.trace(state, [shape, shape])
+    seconds["trace_s"], start = time.process_time() - start, time.process_time()
+    lowered = traced.lower()
+    seconds["lower_s"], start = time.process_time() - start, time.process_time()
+    compiled = lowered.compile()
+    seconds["compile_s"] = time.process_time() - start
+    report(what=what, plan=name, layers=config.layers, **seconds, hlo_bytes=len(compiled.as_text() or ""))
 
 
 def measure_dispatch(calls: int = 50) -> None:
@@ -181,6 +211,8 @@ def report(**found: Any) -> None:
 
 
 if __name__ == "__main__":
-    {"time": measure_time, "memory": measure_memory, "depth": measure_depth, "dispatch": measure_dispatch}[
-        sys.argv[1]
-    ]()
+    measures: dict[str, Callable[..., None]] = {
+        "time": measure_time, "memory": measure_memory, "depth": measure_depth, "mixed": measure_mixed,
+        "dispatch": measure_dispatch,
+    }  # fmt: skip
+    measures[sys.argv[1]](*sys.argv[2:])

@@ -8,15 +8,20 @@ is made: once for every microbatch. Here the weight becomes an array [dp, ...], 
 
 and the gradient is [dp, ...] too, every row where it was made. Gradients are added up in that form over the loop of
 microbatches; after it, one sum over the first dimension is the reduction (notes: Galvatron's and Megatron's "no sync"
-until the last microbatch, but for every layer's own data-parallel degree).
+until the last microbatch, but for every layer's own data-parallel degree). Under Ulysses every rank has a part of the
+samples and a part of each one's sequence, so there are dp * ulysses rows:
 
-Only equations that treat every sample alike can run per rank. A parameter that meets any other one (a product over the
-batch, an unknown primitive) is not copied: its gradient is reduced in every microbatch, which is slower and as right.
+    x [batch, seq, ...]   ->   [dp * ulysses, batch / dp, seq / ulysses, ...]
+
+Only equations that treat every sample (and position) alike can run per rank. A parameter that meets any other one (a
+product over the batch, an unknown primitive) is not copied: its gradient is reduced in every microbatch, which is
+slower and as right.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -25,23 +30,27 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..analysis import AnalysedKind, Equation, Value, run_equation
+from ..analysis import ELEMENTWISE, Equation, Value, run_equation
 from ._layout import LayerLayout
 from ._mesh import Axes
 
+_PER_SAMPLE = ELEMENTWISE | {"dot_general", "gather"}
+"""Primitives without a parameter that names the size of the batch: the same equation serves any number of samples."""
 
-def copyable(kind: AnalysedKind) -> frozenset[int]:
-    """Return the parameters (by position) of which every use can run per data-parallel rank."""
-    return frozenset(i for i, parameter in enumerate(kind.profile.parameters) if parameter.per_sample)
+
+def partial_axes(layout: LayerLayout) -> Axes:
+    """Return the mesh axes along which every rank makes a part of the sum that a gradient is."""
+    inner = layout.stage.tensor_axes(layout.strategy) if layout.strategy.ulysses > 1 else ()
+    return layout.stage.data_axes(layout.strategy) + inner
 
 
 def unreduced_axes(layout: LayerLayout) -> Axes:
     """Return the mesh axes over which gradients stay unreduced until the last microbatch.
 
-    Under zero 0 and 1 all data axes. Zero 2 and 3 keep gradients sharded, so they reduce (scatter) inside a group of
+    Under zero 0 and 1 all of them. Zero 2 and 3 keep gradients sharded, so they reduce (scatter) inside a group of
     ranks in every microbatch, and only across the replicas of hsdp at the end.
     """
-    return layout.stage.data_axes(layout.strategy) if layout.strategy.zero <= 1 else layout.replica_axes
+    return partial_axes(layout) if layout.strategy.zero <= 1 else layout.replica_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,46 +65,95 @@ class Copies:
         """How many there are."""
         return self.layout.stage.size(self.axes)
 
-    def place(self, row: NamedSharding, *, stacked: bool = False) -> NamedSharding:
-        """Return the place of an array [copies, ...] (or [layers, copies, ...]) whose rows live as ``row`` says."""
-        spec = PartitionSpec(self.axes, *row.spec)
-        return self.layout.stage.sharding(PartitionSpec(None, *spec) if stacked else spec)
+    def place(self, row: NamedSharding, *, lead: int = 0) -> NamedSharding:
+        """Return the place of [copies, ...], behind ``lead`` dimensions of a stack, whose rows live as ``row`` says."""
+        return self.layout.stage.sharding(PartitionSpec(*[None] * lead, self.axes, *row.spec))
 
-    def spread(self, array: Any, row: NamedSharding, *, stacked: bool = False) -> Any:
+    def spread(self, array: Any, row: NamedSharding, *, lead: int = 0) -> Any:
         """Return the copies of ``array``, whose rows live as ``row`` says: no bytes move."""
-        axis = int(stacked)
-        shape = (*array.shape[:axis], self.count, *array.shape[axis:])
-        copies = jnp.broadcast_to(jnp.expand_dims(array, axis), shape)
-        return jax.lax.with_sharding_constraint(copies, self.place(row, stacked=stacked))
+        shape = (*array.shape[:lead], self.count, *array.shape[lead:])
+        copies = jnp.broadcast_to(jnp.expand_dims(array, lead), shape)
+        return jax.lax.with_sharding_constraint(copies, self.place(row, lead=lead))
 
-    def sum(self, array: Any, row: NamedSharding, *, stacked: bool = False) -> Any:
+    def spread_on(self, array: Any, row: NamedSharding, outer: Copies) -> Any:
+        """Return the copies of what is a copy for each group of ranks already; ``outer`` has the leading axes."""
+        each = jnp.broadcast_to(array[:, None], (outer.count, self.count // outer.count, *array.shape[1:]))
+        return jax.lax.with_sharding_constraint(each.reshape(self.count, *array.shape[1:]), self.place(row))
+
+    def sum(self, array: Any, row: NamedSharding, *, lead: int = 0) -> Any:
         """Return the sum over the copies, put as ``row`` says: the reduction over the ranks.
 
         With replicas (hsdp) first inside each group, scattered there, then across: in one step the partitioner would
         reduce whole arrays over all ranks. In the array's own dtype: ``jnp.sum`` would add bfloat16 up in float32, and
         so move twice the bytes.
         """
-        axis, across = int(stacked), self.layout.replica_axes
+        across = self.layout.replica_axes
         if across and self.layout.strategy.zero and len(across) < len(self.axes):
-            groups = self.layout.stage.size(across)
-            shape = (*array.shape[:axis], groups, self.count // groups, *array.shape[axis + 1 :])
-            inside = Copies(self.layout, across)
-            array = jax.lax.with_sharding_constraint(
-                jax.lax.reduce_sum(array.reshape(shape), (axis + 1,)), inside.place(row, stacked=stacked)
-            )
-        total = jax.lax.reduce_sum(array, (axis,))
-        spec = PartitionSpec(None, *row.spec) if stacked else row.spec
-        return jax.lax.with_sharding_constraint(total, self.layout.stage.sharding(spec))
+            array = self.sum_inside(array, row, Copies(self.layout, across), lead=lead)
+        total = jax.lax.reduce_sum(array, (lead,))
+        place = self.layout.stage.sharding(PartitionSpec(*[None] * lead, *row.spec))
+        return jax.lax.with_sharding_constraint(total, place)
 
-    def split(self, array: Any, dim: int, value: Value) -> Any:
+    def sum_inside(self, array: Any, row: NamedSharding, outer: Copies, *, lead: int = 0) -> Any:
+        """Return the sums inside each group of ranks, copies along the leading axes ``outer``: undoes ``spread_on``."""
+        shape = (*array.shape[:lead], outer.count, self.count // outer.count, *array.shape[lead + 1 :])
+        sums = jax.lax.reduce_sum(array.reshape(shape), (lead + 1,))
+        return jax.lax.with_sharding_constraint(sums, outer.place(row, lead=lead))
+
+    @functools.cached_property
+    def shared(self) -> dict[int, Axes]:
+        """The classes of which every rank along ``axes`` has a share, and the axes of each: batch, then sequence."""
+        found = {f: tuple(n for n in axes if n in self.axes) for f, axes in self.layout.sample_axes.items()}
+        return {f: axes for f, axes in found.items() if axes}
+
+    def dims(self, value: Value) -> tuple[int, ...] | None:
+        """Return the dimension of each shared class; None unless each is the major factor of one and in no other."""
+        classes = self.layout.kind.layer.dimensions.classes(value)
+        found = [[d for d, dim in enumerate(classes) if f in dim] for f in self.shared]
+        alone = all(len(d) == 1 and classes[d[0]][0] == f for f, d in zip(self.shared, found, strict=True))
+        return tuple(d[0] for d in found) if found and alone else None
+
+    def has_samples(self, value: Value) -> bool:
+        """Tell whether ``value`` has any shared class."""
+        return not self.shared.keys().isdisjoint(self.layout.kind.layer.dimensions.flat_classes(value))
+
+    def split(self, array: Any, dims: Sequence[int], value: Value) -> Any:
         """Return [..., batch, ...] as [copies, ..., batch / copies, ...], each rank's samples where they are."""
-        shape = (*array.shape[:dim], self.count, array.shape[dim] // self.count, *array.shape[dim + 1 :])
+        counts = [self.layout.stage.size(axes) for axes in self.shared.values()]
+        shape: list[int] = []
+        fronts, rest = [0] * len(dims), []
+        for d, size in enumerate(array.shape):
+            if d in dims:
+                part = dims.index(d)
+                fronts[part] = len(shape)
+                shape.append(counts[part])
+                size //= counts[part]
+            rest.append(len(shape))
+            shape.append(size)
+        apart = jnp.transpose(array.reshape(shape), fronts + rest)
         entries = list(self.layout.value(value).spec)
         entries += [None] * (array.ndim - len(entries))
-        kept = entries[dim] if isinstance(entries[dim], tuple) else (entries[dim],)
-        entries[dim] = tuple(name for name in kept if name is not None and name not in self.axes) or None
-        split = jnp.moveaxis(array.reshape(shape), dim, 0)
-        return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(PartitionSpec(self.axes, *entries)))
+        row = PartitionSpec(self.axes, *[self._without(entry) for entry in entries])
+        split = apart.reshape(self.count, *apart.shape[len(dims) :])
+        return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(row))
+
+    def merge(self, array: Any, dims: Sequence[int]) -> Any:
+        """Undo ``split``."""
+        counts = [self.layout.stage.size(axes) for axes in self.shared.values()]
+        apart = array.reshape(*counts, *array.shape[1:])
+        order: list[int] = []
+        shape = list(array.shape[1:])
+        for d in range(array.ndim - 1):
+            if d in dims:
+                order.append(dims.index(d))
+                shape[d] *= counts[dims.index(d)]
+            order.append(len(dims) + d)
+        return jnp.transpose(apart, order).reshape(shape)
+
+    def _without(self, entry: str | Axes | None) -> Axes | None:
+        """An entry of a ``PartitionSpec`` less the axes of the copies."""
+        kept = entry if isinstance(entry, tuple) else (entry,)
+        return tuple(name for name in kept if name is not None and name not in self.axes) or None
 
 
 class PerRank:
@@ -108,7 +166,7 @@ class PerRank:
 
     def __init__(self, copies: Copies, copied: Iterable[Any]) -> None:
         """``copied`` are the variables of the layer's program that are copies from the start."""
-        self._copies = copies
+        self._copies, self._values = copies, copies.layout.kind.layer.forward_values
         self.copied = set(copied)
         """The variables that are copies so far."""
         self._shares: dict[int, tuple[Any, Any]] = {}
@@ -120,39 +178,99 @@ class PerRank:
 
     def run(self, equation: Equation, arguments: Sequence[Any]) -> list[Any]:
         """Return the results: copies again when only weights are read, else arrays of the whole batch."""
-        samples, values = self._copies.layout.kind.samples, self._copies.layout.kind.layer.forward_values
         copied = [not isinstance(v, Literal) and v in self.copied for v in equation.inputs]
         if not any(copied):
             return run_equation(equation.eqn, arguments)
-        if not samples.mixes(equation, copied):
+        if not _mixes(self._copies, equation, copied):
             self.copied.update(equation.outputs)
             return _mapped(equation, arguments, copied)
         shares, mapped = list(arguments), list(copied)
         for i, variable in enumerate(equation.inputs):
             if copied[i] or isinstance(variable, Literal):
                 continue
-            dim = samples.batch_dim(values[variable])
-            if dim is not None:
-                shares[i], mapped[i] = self._share(arguments[i], dim, values[variable]), True
+            value = self._values[variable]
+            dims = self._copies.dims(value)
+            if dims is not None:
+                shares[i], mapped[i] = self._share(arguments[i], dims, value), True
         results = _mapped(equation, shares, mapped)
         return [
-            _merge(result, samples.batch_dim(values[v]) or 0)
+            self._copies.merge(result, self._copies.dims(self._values[v]) or ())
             for result, v in zip(results, equation.outputs, strict=True)
         ]
 
-    def _share(self, array: Any, dim: int, value: Value) -> Any:
+    def _share(self, array: Any, dims: Sequence[int], value: Value) -> Any:
         if id(array) not in self._shares:
-            self._shares[id(array)] = (array, self._copies.split(array, dim, value))
+            self._shares[id(array)] = (array, self._copies.split(array, dims, value))
         return self._shares[id(array)][1]
-
-
-def _merge(array: Any, dim: int) -> Any:
-    """Undo ``Copies.split``."""
-    moved = jnp.moveaxis(array, 0, dim)
-    return moved.reshape(*moved.shape[:dim], moved.shape[dim] * moved.shape[dim + 1], *moved.shape[dim + 2 :])
 
 
 def _mapped(equation: Equation, arguments: Sequence[Any], mapped: Sequence[bool]) -> list[Any]:
     axes = tuple(0 if one else None for one in mapped)
     results: list[Any] = jax.vmap(lambda *each: run_equation(equation.eqn, each), in_axes=axes)(*arguments)
     return results
+
+
+# ------------------------------------------------------------------------------------------------------ which ones may
+def copyable(layout: LayerLayout, axes: Axes) -> frozenset[int]:
+    """Return the parameters (by position) of which every use can run per rank along ``axes``."""
+    copies = Copies(layout, axes)
+    positions = (
+        frozenset(i for i, p in enumerate(layout.kind.profile.parameters) if p.per_sample) if axes else frozenset()
+    )
+    # The analysis knows what treats all samples alike; what treats all positions alike matters under Ulysses only.
+    while layout.strategy.ulysses > 1 and (refused := _refused(copies, positions)):
+        positions -= refused
+    return positions
+
+
+def unreduced_by_parameter(layout: LayerLayout) -> list[Axes]:
+    """Return the axes over which each parameter's gradient stays unreduced; none where it cannot be copied."""
+    axes = unreduced_axes(layout)
+    able = copyable(layout, axes)
+    return [axes if position in able else () for position in range(len(layout.kind.layer.parameters))]
+
+
+def _refused(copies: Copies, positions: frozenset[int]) -> frozenset[int]:
+    """Return the parameters among ``positions`` that meet in the first equation that cannot run per rank."""
+    layer = copies.layout.kind.layer
+    program = layer.forward
+    origins: dict[Any, frozenset[int]] = {}
+    sampled = {v for i, v in enumerate(program.inputs) if i not in layer.parameters}
+    for position, index in enumerate(layer.parameters):
+        if position in positions:
+            origins[program.inputs[index]] = frozenset((position,))
+    for equation in program.equations:
+        read = [v for v in equation.inputs if not isinstance(v, Literal)]
+        found = frozenset[int]().union(*(origins.get(v, frozenset()) for v in read))
+        if found:
+            copied = [not isinstance(v, Literal) and v in origins for v in equation.inputs]
+            others = [v for v in read if v not in origins]
+            if not any(v in sampled for v in others) and not _makes_samples(copies, equation):
+                origins.update((v, found) for v in equation.outputs)
+                continue
+            if not _mixes(copies, equation, copied) or not _is_per_sample(copies, equation, others, sampled):
+                return found
+        if found or any(v in sampled for v in read):
+            sampled.update(equation.outputs)
+    kept = {v for v in program.outputs if not isinstance(v, Literal) and v in origins}
+    return frozenset[int]().union(*(origins[v] for v in kept))
+
+
+def _mixes(copies: Copies, equation: Equation, copied: Sequence[bool]) -> bool:
+    values = copies.layout.kind.layer.forward_values
+    return any(
+        not one and not isinstance(v, Literal) and copies.dims(values[v]) is not None
+        for v, one in zip(equation.inputs, copied, strict=True)
+    )
+
+
+def _makes_samples(copies: Copies, equation: Equation) -> bool:
+    values = copies.layout.kind.layer.forward_values
+    return any(copies.has_samples(values[v]) for v in equation.outputs)
+
+
+def _is_per_sample(copies: Copies, equation: Equation, others: Sequence[Any], sampled: set[Any]) -> bool:
+    """Every result and every operand made of samples can be taken apart into the ranks' shares."""
+    values = copies.layout.kind.layer.forward_values
+    whole = [v for v in others if v in sampled or copies.has_samples(values[v])]
+    return equation.name in _PER_SAMPLE and all(copies.dims(values[v]) is not None for v in [*whole, *equation.outputs])

@@ -2,7 +2,8 @@
 
 Compute layout of a value, dimension by dimension: ``batch`` over the data axes; a class of the tensor candidate over
 the tensor axes (one that spills takes the leading ones, what it spills into the rest); under sequence parallelism
-``seq`` over the tensor axes where the value is stream-like (it carries every class of the stream and no tensor class).
+``seq`` over the tensor axes, in device order (docs/design/0004), where the value is stream-like (it carries every class
+of the stream and no tensor class).
 Under Ulysses ``seq`` over the trailing axes, and inside attention the heads in place of it; a value with two positions
 (scores, masks) is inside. Parameters have three more places to be: *stored* (zero 3 shards them over the ranks that
 hold the same), *gradients* (zero 2) and *optimizer state* (zero 1), all on the dimension ``plan.zero_dim`` names; with
@@ -94,16 +95,21 @@ class LayerLayout:
         trailing = self.stage.tensor_axes(self.strategy) if self.strategy.ulysses > 1 else ()
         return self.stage.data_axes(self.strategy)[len(self.replica_axes) :] + trailing
 
+    @property
+    def sample_axes(self) -> dict[int, Axes]:
+        """Mesh axes of the classes that are shared out like samples: the batch and, under Ulysses, the sequence."""
+        names = {name: f for f, name in self.kind.names.items()}
+        axes = {BATCH: self.stage.data_axes(self.strategy)}
+        if self.strategy.ulysses > 1:
+            axes[SEQ] = self.stage.tensor_axes(self.strategy)
+        return {names[name]: found for name, found in axes.items() if name in names}
+
     @functools.cached_property
     def _class_axes(self) -> dict[int, Axes]:
         """Mesh axes of each sharded class, outside attention."""
         names = {name: f for f, name in self.kind.names.items()}
         axes = {names[name]: part for name, part in self._tensor_axes().items()} if self.strategy.tp > 1 else {}
-        if self.strategy.ulysses > 1:
-            axes[names[SEQ]] = self.stage.tensor_axes(self.strategy)
-        if BATCH in names:
-            axes[names[BATCH]] = self.stage.data_axes(self.strategy)
-        return axes
+        return axes | self.sample_axes
 
     @functools.cached_property
     def _inside_axes(self) -> dict[int, Axes]:

@@ -78,8 +78,7 @@ def find_runs(
     first: int,
     segments: Sequence[Segment],
     layouts: Sequence[LayerLayout],
-    parameters: Iterable[Variable],
-    read_by_all: Sequence[Segment],
+    parameters: dict[Variable, bool],
 ) -> tuple[Run, ...]:
     """Cut ``segments`` into maximal runs; those shorter than ``SHORTEST_SCAN`` are left as single segments.
 
@@ -87,22 +86,24 @@ def find_runs(
         first: Position of the first segment in the whole program.
         segments: Segments of one stage, in order.
         layouts: Of each of them; equal (kind, strategy) share one object.
-        parameters: All parameters of the program.
-        read_by_all: All segments of the program: a parameter that two of them read is never stacked.
+        parameters: All parameters of the program, and whether one layer alone reads each (``private_parameters``).
     """
-    readers = Counter(v for segment in read_by_all for v in segment.inputs)
-    private = {v for v in parameters if readers[v] == 1}
-    kinds = {v: v in private for v in parameters}
     runs: list[Run] = []
     start = 0
     while start < len(segments):
-        feeds, stop = _longest(segments, layouts, start, kinds)
+        feeds, stop = _longest(segments, layouts, start, parameters)
         if stop - start >= SHORTEST_SCAN:
             runs.append(Run(first + start, tuple(segments[start:stop]), layouts[start], feeds))
         else:
             runs += [Run(first + k, (segments[k],), layouts[k]) for k in range(start, stop)]
         start = stop
     return tuple(runs)
+
+
+def private_parameters(parameters: Iterable[Variable], segments: Sequence[Segment]) -> dict[Variable, bool]:
+    """Return for each parameter whether a single one of ``segments`` reads it: others are never stacked."""
+    readers = Counter(v for segment in segments for v in segment.inputs)
+    return {v: readers[v] == 1 for v in parameters}
 
 
 def _longest(
@@ -113,7 +114,7 @@ def _longest(
     made: set[Variable] = set(segments[start].outputs)
     while stop < len(segments) and layouts[stop] is layouts[start]:
         found = [
-            _feed(segments[stop - 1], before, after, parameters, made)
+            feed_of(segments[stop - 1].outputs, before, after, parameters, made)
             for before, after in zip(segments[stop - 1].inputs, segments[stop].inputs, strict=True)
         ]
         if None in found or (feeds is not None and found != feeds):
@@ -124,14 +125,26 @@ def _longest(
     return tuple(feed for feed in feeds or () if feed is not None), stop
 
 
-def _feed(
-    earlier: Segment, before: Variable, after: Variable, parameters: dict[Variable, bool], made: set[Variable]
+def feed_of(
+    earlier: Sequence[Variable],
+    before: Variable,
+    after: Variable,
+    parameters: dict[Variable, bool],
+    made: set[Variable],
 ) -> Feed | None:
-    """Return how one input changes from a layer to the next, None when no loop can follow it."""
+    """Return how one input changes from a layer (or turn) to the next, None when no loop can follow it.
+
+    Args:
+        earlier: Results of the one before.
+        before: The input there.
+        after: The input here.
+        parameters: All parameters of the program, and whether one layer alone reads each.
+        made: Results of all before, from the first of the loop.
+    """
     if after is before:
         return Feed("shared")
-    if after in earlier.outputs:
-        return Feed("carried", earlier.outputs.index(after))
+    if after in earlier:
+        return Feed("carried", earlier.index(after))
     if before in parameters and after in parameters:
         alike = before.aval.shape == after.aval.shape and before.aval.dtype == after.aval.dtype
         return Feed("stacked") if alike and parameters[before] and parameters[after] else None

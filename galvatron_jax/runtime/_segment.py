@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
+from jax.sharding import NamedSharding
 
 from ..analysis import Equation, Value, Variable, is_batched, is_kept, is_kernel_name
 from ..strategy import Remat
-from ._copies import Copies, PerRank, copyable, unreduced_axes
+from ._copies import Copies, PerRank, copyable, partial_axes, unreduced_axes
 from ._layout import LayerLayout, Role
+from ._mesh import Axes
 from ._products import product_orders, run_product
 
 WEIGHTS = "galvatron_weights"
@@ -108,14 +110,13 @@ class _Weights:
 
     def __init__(self, layout: LayerLayout, reduction: Reduction) -> None:
         self._layout, self._reduction = layout, reduction
+        axes = given = unreduced_axes(layout) if reduction.spread else ()
+        wanted: Axes = layout.replica_axes if layout.strategy.zero and not reduction.spread else ()
+        wanted = partial_axes(layout) if reduction.in_float32 else wanted
         self._own = frozenset[int]()
-        axes = unreduced_axes(layout)
-        if not reduction.spread:
-            sharded = layout.strategy.zero > 0 and layout.replica_axes
-            axes = layout.stage.data_axes(layout.strategy) if reduction.in_float32 else layout.replica_axes
-            if axes and (reduction.in_float32 or sharded):
-                self._own = copyable(layout.kind)
-        self.copies = Copies(layout, axes)
+        if wanted and reduction.spread <= (able := copyable(layout, wanted)):
+            axes, self._own = wanted, able - (reduction.spread if wanted == given else frozenset())
+        self._given, self.copies = Copies(layout, given), Copies(layout, axes)
         self.copied = reduction.spread | self._own
 
     def place(self, inputs: Sequence[Any]) -> list[Any]:
@@ -128,25 +129,26 @@ class _Weights:
 
     def _gather(self, weight: Any, position: int) -> Any:
         layout = self._layout
-        dtype = layout.kind.profile.parameters[position].compute_dtype
+        parameter = layout.kind.profile.parameters[position]
         stored = layout.stored(position, "parameter")
         used = layout.value(layout.kind.layer.inputs[layout.kind.layer.parameters[position]])
         if position in self._reduction.spread:
-            stored, used = self.copies.place(stored), self.copies.place(used)
-        if str(weight.dtype) != dtype:
-            # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes.
-            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
-        return jax.lax.with_sharding_constraint(weight, used)
+            stored, used = self._given.place(stored), self._given.place(used)
+        return _gather(weight, parameter.compute_dtype, stored, used)
 
     def _copy(self, weight: Any, position: int) -> Any:
         """Gather a parameter and copy it; backward, sum the gradients of the copies into their place."""
         used = self._layout.value(self._layout.kind.layer.inputs[self._layout.kind.layer.parameters[position]])
         place, dtype = self._layout.stored(position, self._reduction.role), weight.dtype
+        is_spread = position in self._reduction.spread
 
         def copied(weight: Any) -> Any:
-            return self.copies.spread(self._gather(weight, position), used)
+            whole = self._gather(weight, position)
+            return self.copies.spread_on(whole, used, self._given) if is_spread else self.copies.spread(whole, used)
 
         def backward(_: None, cotangent: Any) -> tuple[Any]:
+            if is_spread:
+                return (self.copies.sum_inside(cotangent.astype(dtype), place, self._given),)
             if self._reduction.in_float32:
                 return (self.copies.sum(cotangent.astype(dtype), place),)
             inside = jax.lax.with_sharding_constraint(cotangent, self.copies.place(place))
@@ -155,6 +157,14 @@ class _Weights:
         use = jax.custom_vjp(copied)
         use.defvjp(lambda weight: (copied(weight), None), backward)
         return use(weight)
+
+
+def _gather(weight: Any, dtype: str, stored: NamedSharding, used: NamedSharding) -> Any:
+    """Cast, then gather."""
+    if str(weight.dtype) != dtype:
+        # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes.
+        weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
+    return jax.lax.with_sharding_constraint(weight, used)
 
 
 def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, copied: frozenset[int]) -> list[Any]:

@@ -1,7 +1,8 @@
 """Slots: the arrays in which a stage stores parameters, their gradients and their optimizer state.
 
 A layer of its own has a slot per parameter. A run of layers has one slot for each parameter of the layer, of shape
-[layers, ...]: the loop over layers reads its rows, and nothing is stacked or copied inside a step. A fused projection
+[layers, ...]: the loop over layers reads its rows, and nothing is stacked or copied inside a step. So has each run of a
+cycle, for its layers in all turns. A fused projection
 may be stored in another shape than the user's (``_view``). What the user sees (checkpoints, ``model``) is the user's
 own tree: ``to_user`` and ``to_stored`` go between the two.
 """
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..analysis import Variable
+from ._cycles import Cycle, stacks_of
 from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
 from ._runs import Run
@@ -37,6 +39,23 @@ class Slot:
     """Which of that layer's parameters it is."""
     view: View | None = None
     """The shape of a single layer's part, where it is not stored in the user's."""
+    turns: int = 1
+    """Of a run inside a cycle: how often it comes."""
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading dimensions of the array as loops read it: layers, or turns and the layers of each."""
+        if not self.is_stacked:
+            return ()
+        return (len(self.leaves),) if self.turns == 1 else (self.turns, len(self.leaves) // self.turns)
+
+    def by_turn(self, array: Any) -> Any:
+        """Return a stored array with the leading dimensions ``lead``."""
+        return array.reshape(*self.lead, *array.shape[int(self.is_stacked) :])
+
+    def by_row(self, array: Any) -> Any:
+        """Undo ``by_turn``."""
+        return array.reshape(len(self.leaves), *array.shape[len(self.lead) :]) if self.is_stacked else array
 
     def sharding(self, role: Role) -> NamedSharding:
         """Return where the array (its gradient, its optimizer moments) lives."""
@@ -82,25 +101,22 @@ Leaves = Mapping[int, Any] | Sequence[Any]
 
 
 def make_slots(
-    mesh: StageMesh, runs: Sequence[Run], held: Sequence[int], variables: Sequence[Variable]
+    mesh: StageMesh, pieces: Sequence[Run | Cycle], held: Sequence[int], variables: Sequence[Variable]
 ) -> tuple[Slot, ...]:
     """Return the slots of a stage, ordered by their first leaf.
 
     Args:
         mesh: The stage's devices.
-        runs: Its runs.
+        pieces: Its runs and cycles.
         held: The parameter leaves that it holds.
         variables: The variable of every parameter leaf of the program.
     """
     leaf_of = {variables[leaf]: leaf for leaf in held}
     found: dict[int, Slot] = {}
-    for run in runs:
-        for position, index in enumerate(run.layout.kind.layer.parameters):
-            leaves = tuple(leaf_of[segment.inputs[index]] for segment in run.segments)
-            stacked = run.is_scanned and run.feeds[index].source == "stacked"
-            view = _view(variables[leaves[0]].aval.shape, run.layout.kind.stored_shapes[position])
-            slot = Slot(leaves if stacked else leaves[:1], stacked, mesh, run.layout, position, view)
-            found.setdefault(leaves[0], slot)
+    for stack in (stack for piece in pieces for stack in stacks_of(piece)):
+        leaves, layout = tuple(leaf_of[v] for v in stack.variables), stack.run.layout
+        view = _view(variables[leaves[0]].aval.shape, layout.kind.stored_shapes[stack.position])
+        found.setdefault(leaves[0], Slot(leaves, stack.is_stacked, mesh, layout, stack.position, view, stack.turns))
     placed = {leaf for slot in found.values() for leaf in slot.leaves}
     found |= {leaf: Slot((leaf,), False, mesh, None, 0) for leaf in held if leaf not in placed}
     return tuple(found[leaf] for leaf in sorted(found))

@@ -10,6 +10,7 @@ import pytest
 
 from galvatron_jax.plan import Remat, Strategy
 from galvatron_jax.profile import Array
+from galvatron_jax.runtime._runs import Run
 from tests.runtime.planned import BATCH, Planned, dp, hsdp, llama, planned, tp
 from tests.support.small_models import small_llama
 
@@ -89,6 +90,14 @@ def test_two_strategies_make_two_loops() -> None:
     assert two < 2 * one
 
 
+@pytest.mark.parametrize("length", [1, 3])
+def test_strategies_in_turn_make_a_program_as_long_as_each_of_them_once(length: int) -> None:
+    a, b = dp(3, "full"), tp(2, zero=3, remat="full")
+    once = lowered_length((dp(), *[a] * length, *[b] * length, dp()))
+    often = lowered_length((dp(), *([a] * length + [b] * length) * 4, dp()))
+    assert often < 1.2 * once
+
+
 @pytest.mark.parametrize(
     ("strategies", "runs"),
     [
@@ -100,6 +109,6 @@ def test_two_strategies_make_two_loops() -> None:
 )
 def test_three_or_more_layers_of_one_strategy_share_a_loop(strategies: tuple[Strategy, ...], runs: list[int]) -> None:
     model = planned(strategies, model=llama()).programs.model
-    assert [len(run.segments) for run in model.runs] == runs
+    assert [len(run.segments) for run in model.pieces if isinstance(run, Run)] == runs
     stacked = [len(slot.leaves) for slot in model.slots if slot.is_stacked]
     assert stacked == [n for n in runs if n > 1 for _ in range(9)]

@@ -3,7 +3,7 @@
 "d.3 t2 | s4r d.1 t2"     two stages: data parallel with zero 3, tp 2; tp 4 with sp and remat, zero 1, tp 2
 
 d  data parallel        tN  tensor parallel        sN  the same with sequence parallelism        uN  Ulysses
-.N zero level           r   remat full             k   remat dots
+.N zero level           /R  replicas (hsdp)        r   remat full             k   remat dots
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def model_of(name: str) -> SmallModel:
     llama = functools.partial(small_llama, batch=BATCH, seq=16, layers=4, vocab=64, embed=32, mlp=48, kv_heads=4)
     if name == "llama":
         return llama()
+    if name == "llama, bf16":
+        return llama(dtype="bfloat16")
     if name == "llama, tied":
         return llama(tied=True)
     if name == "fused":
@@ -97,7 +99,7 @@ def plan_of(case: Case, devices: int = DEVICES) -> Plan:
 
 def strategy(word: str, devices: int) -> Strategy:
     """Return the strategy that a word names, on ``devices`` devices."""
-    match = re.fullmatch(r"(d|[tsu][0-9]+)(?:\.([0-3]))?([rk]?)", word)
+    match = re.fullmatch(r"(d|[tsu][0-9]+)(?:\.([0-3]))?(?:/([0-9]+))?([rk]?)", word)
     assert match, word
     kind, degree = match[1][0], int(match[1][1:] or 1)
     return Strategy(
@@ -106,7 +108,8 @@ def strategy(word: str, devices: int) -> Strategy:
         ulysses=degree if kind == "u" else 1,
         dp=devices // degree,
         zero=int(match[2] or 0),
-        remat={"": "none", "r": "full", "k": "dots"}[match[3]],  # type: ignore[arg-type]
+        replicas=int(match[3] or 1),
+        remat={"": "none", "r": "full", "k": "dots"}[match[4]],  # type: ignore[arg-type]
     )
 
 
