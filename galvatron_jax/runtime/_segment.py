@@ -31,6 +31,9 @@ WEIGHTS = "galvatron_weights"
 EXCHANGED = "galvatron_exchanged"
 """Name of values that crossed the border of attention; remat ``none`` keeps them, so that nothing crosses twice."""
 
+PER_RANK = "galvatron_per_rank"
+"""Name of products with copies of weights: batched over the ranks, but for remat ``dots`` products with weights."""
+
 _STREAM_PRIMITIVES = frozenset(("add", "mul"))
 """Under sequence parallelism residual adds and norm products are constrained too."""
 
@@ -93,8 +96,8 @@ def _policy(remat: Remat) -> Callable[..., bool]:
 
     def keep(primitive: Any, *_: Any, **params: Any) -> bool:
         name = str(primitive.name)
-        if name == "name" and params["name"] == EXCHANGED:
-            return remat == "none"
+        if name == "name" and params["name"] in (EXCHANGED, PER_RANK):
+            return remat == ("none" if params["name"] == EXCHANGED else "dots")
         return is_kept(name, remat, batched=is_batched(name, params))
 
     return keep
@@ -187,7 +190,9 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
         if variable in ranks.copied:
             return result
         partial = _is_partial(layout, equation)
-        return _constrain(layout, equation.name, result, values[variable], inside=inside, partial=partial)
+        placed = _constrain(layout, equation.name, result, values[variable], inside=inside, partial=partial)
+        is_product = is_kept(equation.name, "dots", batched=is_batched(equation.name, equation.eqn.params))
+        return checkpoint_name(placed, PER_RANK) if is_product and ranks.reads_copies(equation) else placed
 
     for position, equation in enumerate(program.equations):
         inside = border.is_inside(position)

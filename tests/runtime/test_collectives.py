@@ -76,6 +76,7 @@ def test_predicted_collectives_equal_the_compiled_ones(case: Case) -> None:
         pytest.param((dp(), tp(2), tp(4), dp(), tp(2, remat="full"), tp(8)), id="zero 0"),
         pytest.param((dp(1), tp(2, zero=1), tp(4, zero=1), dp(2), tp(2, zero=2), tp(8)), id="zero levels"),
         pytest.param((tp(4, sp=True, zero=1), *[tp(4, sp=True, remat="full")] * 4, tp(4, sp=True)), id="sp"),
+        pytest.param((tp(4, sp=True, zero=1), *[tp(4, sp=True, remat="dots")] * 4, tp(4, sp=True)), id="sp, dots"),
         pytest.param(
             (dp(3), tp(2, zero=3), tp(4, sp=True, zero=3, remat="full"), dp(3, "full"), hsdp(3, 2), hsdp(1, 2)),
             id="zero 3 and replicas",
