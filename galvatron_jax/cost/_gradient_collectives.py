@@ -48,7 +48,7 @@ class Reduction(NamedTuple):
 
 
 def gradient_reductions(
-    kind: LayerKind, strategy: Strategy, microbatch: int, *, accumulates: bool, merged: bool
+    kind: LayerKind, strategy: Strategy, microbatch: int, *, accumulates: bool, merged: bool, borrows: bool = False
 ) -> tuple[Reduction, ...]:
     """Return the reductions of all gradients of a layer.
 
@@ -58,6 +58,7 @@ def gradient_reductions(
         microbatch: Samples over all ranks.
         accumulates: Gradients of several microbatches are summed up.
         merged: Partial results are added up before they are reduced.
+        borrows: A layer before on the same stage keeps the tied parameters.
     """
     gradients, totals = (
         _Gradients(kind, strategy, microbatch, accumulates, merged),
@@ -65,6 +66,8 @@ def gradient_reductions(
     )
     for parameter in kind.parameters:
         for reduction in gradients.reductions(parameter):
+            if reduction.once and parameter.tied and borrows:
+                continue  # the accumulated sum of all layers that hold it: the first of them reduces it
             totals[reduction._replace(bytes=0.0)] += reduction.bytes
     return tuple(key._replace(bytes=size) for key, size in totals.items() if size)
 

@@ -137,6 +137,8 @@ class Weights(NamedTuple):
     """How many parameters there are."""
     tied: WeightBytes
     """The part of divided + whole that a layer before holds too."""
+    own_divided: WeightBytes
+    """The part of divided that no layer before holds."""
     own_replicated: WeightBytes
     """What one device holds besides these where zero does not shard."""
     own_sharded: WeightBytes
@@ -195,6 +197,7 @@ def weigh(kind: LayerKind, tp: int, ranks: int) -> Weights:
         sharded=divided.scaled(1 / ranks).plus(whole),
         arrays=len(kind.parameters),
         tied=tied_divided.plus(tied_whole),
+        own_divided=own_divided,
         own_replicated=own_divided.plus(own_whole),
         own_sharded=own_divided.scaled(1 / ranks).plus(own_whole),
     )

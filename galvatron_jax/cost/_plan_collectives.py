@@ -81,7 +81,7 @@ def plan_collectives(
         before = wire if s else None
         held, beside = set[Spread](), StandingValues(plan.microbatch_size)
         for name, strategy in stage.layers():
-            layer = _PlannedLayer(position, model.kind(name), strategy, plan.microbatch_size, plan.microbatches > 1)
+            layer = _PlannedLayer.of(plan, position, model.kind(name), strategy)
             found += layer.relayout(before) if before else ()
             found += layer.moves(beside)
             found += layer.activations(merged=sums_before_reducing)
@@ -90,7 +90,7 @@ def plan_collectives(
             before, position = strategy, position + 1
         if before and s + 1 < len(plan.stages):
             taker = model.kind(plan.stages[s + 1].runs[0].kind)
-            end = _PlannedLayer(position - 1, taker, wire, plan.microbatch_size, plan.microbatches > 1)
+            end = _PlannedLayer.of(plan, position - 1, taker, wire)
             found += end.relayout(before)
     return tuple(found)
 
@@ -105,6 +105,13 @@ class _PlannedLayer:
     microbatch: int
     accumulates: bool
     """Gradients of several microbatches are summed up."""
+    borrows: bool
+    """A layer before on the same stage keeps its tied parameters."""
+
+    @classmethod
+    def of(cls, plan: Plan, position: int, kind: LayerKind, strategy: Strategy) -> _PlannedLayer:
+        """Return the layer at a position of ``plan``."""
+        return cls(position, kind, strategy, plan.microbatch_size, plan.microbatches > 1, len(plan.stages) == 1)
 
     def relayout(self, before: Strategy) -> Iterator[PlannedCollective]:
         """Yield what brings the stream from the layer before, and its cotangent back."""
@@ -149,9 +156,15 @@ class _PlannedLayer:
                 size_bytes = self._gathered_bytes(counts)
                 if size_bytes:
                     yield self._planned("all-gather", "weights", phase, spread.zero_ranks, size_bytes)
-        for r in gradient_reductions(
-            self.kind, self.strategy, self.microbatch, accumulates=self.accumulates, merged=merged
-        ):
+        reductions = gradient_reductions(
+            self.kind,
+            self.strategy,
+            self.microbatch,
+            accumulates=self.accumulates,
+            merged=merged,
+            borrows=self.borrows,
+        )
+        for r in reductions:
             yield dataclasses.replace(self._planned(r.kind, "gradient", "backward", r.group, r.bytes), once=r.once)
 
     def _is_reread(self, parameter: Parameter) -> bool:

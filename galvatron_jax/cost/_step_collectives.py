@@ -7,6 +7,8 @@ With m microbatches, from ``plan_collectives`` (one microbatch):
     gradient, zero 0 and 1; replicas    once, after the last microbatch
     and under zero 1 and 2              one all-gather of the updated parameters that zero shards, in the storage dtype
 
+Parameters that a layer before holds on the same stage (a tied table) are updated there, once.
+
 Not listed: scalars (the global norm for clipping), messages between stages.
 """
 
@@ -36,7 +38,8 @@ def _times(item: PlannedCollective, microbatches: int) -> PlannedCollective:
 
 def _updated_parameters(plan: Plan, model: ModelProfile) -> Iterator[PlannedCollective]:
     for position, (name, strategy) in enumerate(plan.layers()):
-        divided = weigh(model.kind(name), strategy.tp, strategy.zero_ranks).divided.stored
+        weights = weigh(model.kind(name), strategy.tp, strategy.zero_ranks)
+        divided = (weights.own_divided if len(plan.stages) == 1 else weights.divided).stored
         if strategy.zero in (1, 2) and divided:
             yield PlannedCollective(
                 kind="all-gather",
