@@ -1,6 +1,6 @@
 """Predicted beside compiled collectives: every model of the zoo under every family of plans.
 
-    python benchmarks/zoo_collectives.py [--model NAME]... [--family NAME]... [--limit SECONDS] [--out FILE]
+    python -m benchmarks.zoo_collectives [--model NAME]... [--family NAME]... [--limit SECONDS] [--out FILE]
 
 Compiles the gradient program of each pair for eight CPU devices (nothing runs) and compares bytes by kind and group
 size, as ``tests/runtime/zoo_plans.py`` says. Writes one line of JSON a pair to FILE as it goes; pairs that FILE has
