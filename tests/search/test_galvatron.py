@@ -79,6 +79,7 @@ def test_more_nodes_than_measured_use_groups_with_as_many_members_per_node() -> 
     assert groups == {8: 1, 16: 2, 32: 4, 64: 8}
 
 
+@pytest.mark.usefixtures("own_clock")
 @pytest.mark.parametrize("row", ROWS, ids=[row.setting for row in ROWS])
 def test_plan_is_never_worse_than_the_peers_and_found_a_hundred_times_sooner(row: Reference) -> None:
     """Both plans are priced by our cost model on the peer's tables, and both may use what the peer's plan needs.
@@ -89,7 +90,7 @@ def test_plan_is_never_worse_than_the_peers_and_found_a_hundred_times_sooner(row
     reference = peer_plan(row, model, hardware)
     assert reference.predicted is not None
     needed = max(stage.peak_bytes for stage in reference.predicted.stages)
-    limit_s = time.process_time() + row.search_cpu_s / FASTER
+    limit_s = time.thread_time() + row.search_cpu_s / FASTER
     found = find_plan(
         model,
         row.cluster,
@@ -100,11 +101,11 @@ def test_plan_is_never_worse_than_the_peers_and_found_a_hundred_times_sooner(row
         schedules=("1f1b",),
         memory_bytes=max(row.usable_bytes, needed),
         rules=like_for_like(),
-        watch=lambda best: best is not None and time.process_time() > limit_s,
+        watch=lambda best: best is not None and time.thread_time() > limit_s,
     ).plan
     assert found.predicted is not None
     assert found.predicted.step_time_s <= reference.predicted.step_time_s * (1 + 1e-9)
-    assert time.process_time() < limit_s + GRACE_S
+    assert time.thread_time() < limit_s + GRACE_S
 
 
 def copied(tmp_path: Path) -> Path:

@@ -92,13 +92,15 @@ def large_engine() -> Engine:
     return Engine(problem, default_batches(cluster, model))
 
 
+@pytest.mark.usefixtures("own_clock")
 def test_70b_on_512_devices_is_explained_within_bounds() -> None:
-    engine, start = large_engine(), time.process_time()
+    engine, start = large_engine(), time.thread_time()
     message = explain_infeasible(engine).message
-    assert time.process_time() - start < 15  # 3 on an idle machine, twice that on a full one
+    assert time.thread_time() - start < 15  # 3 on an idle machine, twice that on a full one
     assert "the nearest miss needs 4.1 GiB on stage 1 of 8" in message
 
 
+@pytest.mark.usefixtures("own_clock")
 @pytest.mark.parametrize("polls", [1, 20, 300])
 def test_a_stop_ends_the_explanation_at_once(polls: int) -> None:
     engine, asked, stopped_s = large_engine(), 0, 0.0
@@ -107,12 +109,12 @@ def test_a_stop_ends_the_explanation_at_once(polls: int) -> None:
         nonlocal asked, stopped_s
         asked += 1
         if asked >= polls:
-            stopped_s = stopped_s or time.process_time()
+            stopped_s = stopped_s or time.thread_time()
             raise Stop
 
     engine.poll = poll
     message = explain_infeasible(engine).message
-    assert time.process_time() - stopped_s < 0.5
+    assert time.thread_time() - stopped_s < 0.5
     assert asked >= polls
     assert "llama3-70b does not fit 64x8" in message
     assert "stopped before" in message
