@@ -19,6 +19,7 @@ from ._jaxpr import run_equation as run_equation
 from ._kind import AnalysedKind as AnalysedKind
 from ._local import LocalLayer as LocalLayer
 from ._local import local_layer as local_layer
+from ._per_sample import refused_parameters as refused_parameters
 from ._primitives import ELEMENTWISE as ELEMENTWISE
 from ._primitives import REDUCTIONS as REDUCTIONS
 from ._primitives import is_batched as is_batched

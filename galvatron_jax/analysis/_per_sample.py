@@ -9,13 +9,13 @@ convolution, a broadcast to the batch), cannot: its gradient is summed over all 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.extend.core import Literal
 
 from ._dimensions import Value
-from ._flatten import Equation
+from ._flatten import Equation, Variable
 from ._layer import Layer
 from ._primitives import ELEMENTWISE
 
@@ -34,7 +34,7 @@ class PerSample:
     def parameters(self) -> frozenset[int]:
         """Return the parameters (by position) of which every use can run for a part of the samples."""
         positions = frozenset(range(len(self.layer.parameters)))
-        while refused := self._refused(positions):
+        while refused := refused_parameters(self.layer, positions, self._makes_batch, self._runs_apart):
             positions -= refused
         return positions
 
@@ -52,34 +52,14 @@ class PerSample:
         dims = [d for d, dim in enumerate(classes) if self.batch in dim]
         return dims[0] if len(dims) == 1 and classes[dims[0]][0] == self.batch else None
 
-    def _refused(self, positions: frozenset[int]) -> frozenset[int]:
-        """Return the parameters among ``positions`` that meet in the first equation that cannot run per rank."""
-        layer = self.layer
-        program = layer.forward
-        origins: dict[Any, frozenset[int]] = {}
-        sampled = {v for i, v in enumerate(program.inputs) if i not in layer.parameters}
-        for position, index in enumerate(layer.parameters):
-            if position in positions:
-                origins[program.inputs[index]] = frozenset((position,))
-        for equation in program.equations:
-            read = [v for v in equation.inputs if not isinstance(v, Literal)]
-            found = frozenset[int]().union(*(origins.get(v, frozenset()) for v in read))
-            if found:
-                apart = [not isinstance(v, Literal) and v in origins for v in equation.inputs]
-                others = [v for v in read if v not in origins]
-                if not any(v in sampled for v in others) and not self._makes_batch(equation):
-                    origins.update((v, found) for v in equation.outputs)
-                    continue
-                if not self.mixes(equation, apart) or not self._is_per_sample(equation, others, sampled):
-                    return found
-            if found or any(v in sampled for v in read):
-                sampled.update(equation.outputs)
-        kept = {v for v in program.outputs if not isinstance(v, Literal) and v in origins}
-        return frozenset[int]().union(*(origins[v] for v in kept))
-
     def _makes_batch(self, equation: Equation) -> bool:
         layer = self.layer
         return any(self.batch in layer.dimensions.flat_classes(layer.forward_values[v]) for v in equation.outputs)
+
+    def _runs_apart(
+        self, equation: Equation, apart: Sequence[bool], others: Sequence[Variable], sampled: set[Variable]
+    ) -> bool:
+        return self.mixes(equation, apart) and self._is_per_sample(equation, others, sampled)
 
     def _is_per_sample(self, equation: Equation, others: Sequence[Any], sampled: set[Any]) -> bool:
         """Every result and every operand made of samples has the batch as the major factor of exactly one dimension."""
@@ -88,3 +68,41 @@ class PerSample:
         return equation.name in _PER_SAMPLE and all(
             self.batch_dim(values[v]) is not None for v in [*whole, *equation.outputs]
         )
+
+
+def refused_parameters(
+    layer: Layer,
+    positions: frozenset[int],
+    makes_samples: Callable[[Equation], bool],
+    runs_apart: Callable[[Equation, Sequence[bool], Sequence[Variable], set[Variable]], bool],
+) -> frozenset[int]:
+    """Return the parameters among ``positions`` that meet in the first equation that cannot run per rank.
+
+    Args:
+        layer: The layer; its forward pass is walked.
+        positions: Parameters that are asked for.
+        makes_samples: Whether an equation writes samples into a value made of parameters alone.
+        runs_apart: Whether an equation can, by which operands hang on the parameters, the other operands, and all
+            values made of samples.
+    """
+    program = layer.forward
+    origins: dict[Any, frozenset[int]] = {}
+    sampled = {v for i, v in enumerate(program.inputs) if i not in layer.parameters}
+    for position, index in enumerate(layer.parameters):
+        if position in positions:
+            origins[program.inputs[index]] = frozenset((position,))
+    for equation in program.equations:
+        read = [v for v in equation.inputs if not isinstance(v, Literal)]
+        found = frozenset[int]().union(*(origins.get(v, frozenset()) for v in read))
+        if found:
+            apart = [not isinstance(v, Literal) and v in origins for v in equation.inputs]
+            others = [v for v in read if v not in origins]
+            if not any(v in sampled for v in others) and not makes_samples(equation):
+                origins.update((v, found) for v in equation.outputs)
+                continue
+            if not runs_apart(equation, apart, others, sampled):
+                return found
+        if found or any(v in sampled for v in read):
+            sampled.update(equation.outputs)
+    kept = {v for v in program.outputs if not isinstance(v, Literal) and v in origins}
+    return frozenset[int]().union(*(origins[v] for v in kept))

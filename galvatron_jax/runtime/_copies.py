@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..analysis import ELEMENTWISE, Equation, Value, run_equation
+from ..analysis import ELEMENTWISE, Equation, Value, refused_parameters, run_equation
 from ._layout import LayerLayout
 from ._mesh import Axes
 
@@ -218,7 +218,8 @@ def copyable(layout: LayerLayout, axes: Axes) -> frozenset[int]:
         frozenset(i for i, p in enumerate(layout.kind.profile.parameters) if p.per_sample) if axes else frozenset()
     )
     # The analysis knows what treats all samples alike; what treats all positions alike matters under Ulysses only.
-    while layout.strategy.ulysses > 1 and (refused := _refused(copies, positions)):
+    makes, runs = functools.partial(_makes_samples, copies), functools.partial(_runs_apart, copies)
+    while layout.strategy.ulysses > 1 and (refused := refused_parameters(layout.kind.layer, positions, makes, runs)):
         positions -= refused
     return positions
 
@@ -228,32 +229,6 @@ def unreduced_by_parameter(layout: LayerLayout) -> list[Axes]:
     axes = unreduced_axes(layout)
     able = copyable(layout, axes)
     return [axes if position in able else () for position in range(len(layout.kind.layer.parameters))]
-
-
-def _refused(copies: Copies, positions: frozenset[int]) -> frozenset[int]:
-    """Return the parameters among ``positions`` that meet in the first equation that cannot run per rank."""
-    layer = copies.layout.kind.layer
-    program = layer.forward
-    origins: dict[Any, frozenset[int]] = {}
-    sampled = {v for i, v in enumerate(program.inputs) if i not in layer.parameters}
-    for position, index in enumerate(layer.parameters):
-        if position in positions:
-            origins[program.inputs[index]] = frozenset((position,))
-    for equation in program.equations:
-        read = [v for v in equation.inputs if not isinstance(v, Literal)]
-        found = frozenset[int]().union(*(origins.get(v, frozenset()) for v in read))
-        if found:
-            copied = [not isinstance(v, Literal) and v in origins for v in equation.inputs]
-            others = [v for v in read if v not in origins]
-            if not any(v in sampled for v in others) and not _makes_samples(copies, equation):
-                origins.update((v, found) for v in equation.outputs)
-                continue
-            if not _mixes(copies, equation, copied) or not _is_per_sample(copies, equation, others, sampled):
-                return found
-        if found or any(v in sampled for v in read):
-            sampled.update(equation.outputs)
-    kept = {v for v in program.outputs if not isinstance(v, Literal) and v in origins}
-    return frozenset[int]().union(*(origins[v] for v in kept))
 
 
 def _mixes(copies: Copies, equation: Equation, copied: Sequence[bool]) -> bool:
@@ -267,6 +242,12 @@ def _mixes(copies: Copies, equation: Equation, copied: Sequence[bool]) -> bool:
 def _makes_samples(copies: Copies, equation: Equation) -> bool:
     values = copies.layout.kind.layer.forward_values
     return any(copies.has_samples(values[v]) for v in equation.outputs)
+
+
+def _runs_apart(
+    copies: Copies, equation: Equation, copied: Sequence[bool], others: Sequence[Any], sampled: set[Any]
+) -> bool:
+    return _mixes(copies, equation, copied) and _is_per_sample(copies, equation, others, sampled)
 
 
 def _is_per_sample(copies: Copies, equation: Equation, others: Sequence[Any], sampled: set[Any]) -> bool:
