@@ -2,6 +2,8 @@
 
 from . import _rules as _rules  # registers the dimension rules
 from . import _rules_parts as _rules_parts
+from ._attention import AttentionCall as AttentionCall
+from ._attention import attention_call as attention_call
 from ._batch import abstract_batch as abstract_batch
 from ._batch import disagreeing_samples as disagreeing_samples
 from ._batch import sample_count as sample_count
@@ -9,6 +11,7 @@ from ._cut import Segment as Segment
 from ._dimensions import Rule as Rule
 from ._dimensions import Value as Value
 from ._dimensions import register_rule as register_rule
+from ._flatten import Call as Call
 from ._flatten import Equation as Equation
 from ._flatten import Program as Program
 from ._flatten import Variable as Variable

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from ._attention import attention_name
 from ._flops import program_flops
 from ._jaxpr import CALLS, abstract, called_program, inner_programs, open_program, scan_operands, scope_of
 from ._marks import MARK
@@ -50,6 +51,18 @@ class Equation:
         return str(self.eqn.primitive.name)
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class Call:
+    """A call of attention that was opened, and may be run by a kernel instead."""
+
+    name: str
+    """See ``attention_call``."""
+    inputs: list[Atom]
+    outputs: Sequence[Atom]
+    equations: Sequence[Equation]
+    """What it consists of, one after the other."""
+
+
 @dataclasses.dataclass(slots=True)
 class Program:
     """A flat program."""
@@ -62,6 +75,8 @@ class Program:
     """Inputs that were taken apart, by their position in the program as it was traced."""
     weights: int = 0
     """How many of the first inputs are trained."""
+    calls: Sequence[Call] = ()
+    """Calls of attention that ask for a kernel."""
 
 
 Descend = Callable[[JaxprEqn], bool]
@@ -89,6 +104,8 @@ def is_plain_call(eqn: JaxprEqn) -> bool:
 
 def is_plain_call_or_layers(eqn: JaxprEqn) -> bool:
     """The same, and scans whose body does matrix products: where no module says what a layer is."""
+    if attention_name(eqn.params):
+        return False  # it stays whole until its layer is analysed
     return is_plain_call(eqn) or (eqn.primitive.name == "scan" and program_flops(eqn.params["jaxpr"]) > 0)
 
 
@@ -142,6 +159,7 @@ class _Builder:
         self.optional: set[Equation] = set()
         """Equations that nobody may need: stacks of rows, casts of whole stacks."""
         self.constants: dict[Variable, Any] = {}
+        self.calls: list[Call] = []
 
     def run(self, program: ClosedJaxpr | Jaxpr, inputs: Sequence[Atom], scope: str, rename: Rename) -> list[Atom]:
         jaxpr, constants = open_program(program)
@@ -182,6 +200,7 @@ class _Builder:
             constants=self.constants,
             stacks=stacks,
             weights=sum(map(len, taken[:weights])),
+            calls=self.calls,
         )
 
     def _equation(self, eqn: JaxprEqn, inputs: list[Atom], scope: str, rename: Rename) -> Sequence[Atom]:
@@ -190,7 +209,10 @@ class _Builder:
                 return self._unroll(eqn, inputs, scope, rename)
         elif self.descend(eqn):
             program = called_program(eqn) or next(inner_programs(eqn))  # jit keeps its program in one parameter
-            return self.run(program, inputs, scope, rename)
+            first, outputs = len(self.equations), self.run(program, inputs, scope, rename)
+            if name := attention_name(eqn.params):
+                self.calls.append(Call(name, inputs, outputs, self.equations[first:]))
+            return outputs
         equation = Equation(eqn, inputs, [Variable(v.aval) for v in eqn.outvars], scope)
         self.equations.append(equation)
         read = [v for v in inputs if isinstance(v, Variable)]

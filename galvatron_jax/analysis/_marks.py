@@ -7,7 +7,8 @@ Linen has a hook for it (``nn.intercept_methods``). NNX has none, so the methods
 replaced for the duration of the trace (what ``flax.nnx.tabulate`` does), under a lock, and always put back; calls from
 other threads, and of objects that are not the traced copy, go straight to the original. So are the counters of its
 random streams, for speed. Calls of
-``jax.nn.dot_product_attention`` are marked the same way, so that the cost model knows where a fused kernel may stand.
+``jax.nn.dot_product_attention`` are marked the same way, so that the cost model knows where a fused kernel may stand;
+those that ask for cuDNN are traced in their XLA form (``_attention``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
+from ._attention import call_in_xla_form
 from ._read_nnx import PATH_ATTRIBUTE
 
 ATTENTION = "sdpa@"
@@ -157,18 +159,16 @@ def _linen_interceptor(calls: Calls) -> Callable[..., Any]:
 # ----------------------------------------------------------------------------------------------------------- attention
 @contextlib.contextmanager
 def _attention(calls: Calls) -> Iterator[None]:
-    """Mark attention; without a GPU trace cuDNN calls in their XLA form."""
+    """Mark attention; trace cuDNN calls in their XLA form."""
     original = jax.nn.dot_product_attention
-    has_gpu = jax.default_backend() == "gpu"
 
     @functools.wraps(original)
     def scoped(*args: Any, **kwargs: Any) -> Any:
         if not calls.is_mine():
             return original(*args, **kwargs)
-        if kwargs.get("implementation") == "cudnn" and not has_gpu:
-            kwargs["implementation"] = "xla"
         with jax.named_scope(ATTENTION + "causal" * bool(kwargs.get("is_causal"))):
-            return original(*args, **kwargs)
+            asks_cudnn = kwargs.get("implementation") == "cudnn"
+            return call_in_xla_form(original, args, kwargs) if asks_cudnn else original(*args, **kwargs)
 
     jax.nn.dot_product_attention = scoped
     try:

@@ -20,6 +20,8 @@ from jax.sharding import NamedSharding
 
 from ..analysis import Equation, Value, Variable, is_batched, is_kept, is_kernel_name
 from ..strategy import Remat
+from ._attention import Attention
+from ._border import EXCHANGED, Border
 from ._copies import Copies, PerRank, copyable, partial_axes, unreduced_axes
 from ._layout import LayerLayout, Role
 from ._mesh import Axes
@@ -27,9 +29,6 @@ from ._products import product_orders, run_product
 
 WEIGHTS = "galvatron_weights"
 """Name of parameters as a layer uses them: cast and gathered."""
-
-EXCHANGED = "galvatron_exchanged"
-"""Name of values that crossed the border of attention; remat ``none`` keeps them, so that nothing crosses twice."""
 
 PER_RANK = "galvatron_per_rank"
 """Name of products with copies of weights: batched over the ranks, but for remat ``dots`` products with weights."""
@@ -173,7 +172,7 @@ def _gather(weight: Any, dtype: str, stored: NamedSharding, used: NamedSharding)
 def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, copied: frozenset[int]) -> list[Any]:
     layer = layout.kind.layer
     program, values = layer.forward, layer.forward_values
-    border = _Border(layout)
+    border, attention = Border(layout), Attention(layout)
     ranks = PerRank(copies, [program.inputs[layer.parameters[position]] for position in copied])
     orders = product_orders(program)
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
@@ -194,38 +193,19 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
         is_product = is_kept(equation.name, "dots", batched=is_batched(equation.name, equation.eqn.params))
         return checkpoint_name(placed, PER_RANK) if is_product and ranks.reads_copies(equation) else placed
 
+    by_kernel: set[Equation] = set()
     for position, equation in enumerate(program.equations):
+        call = attention.starting_at(equation)
+        if call and ranks.copied.isdisjoint(call.inputs):
+            environment[call.outputs[0]] = attention.run(call, environment, border)
+            by_kernel.update(call.equations)
+        if equation in by_kernel:
+            continue
         inside = border.is_inside(position)
         results = run(equation, [read(v, inside) for v in equation.inputs])
         for variable, result in zip(equation.outputs, results, strict=True):
             environment[variable] = place(variable, equation, result, inside)
     return [read(v) for v in program.outputs]
-
-
-class _Border:
-    """The border of attention under Ulysses: values that cross it change from sequence to heads or back, once."""
-
-    def __init__(self, layout: LayerLayout) -> None:
-        """Without Ulysses there is no border."""
-        self._layout = layout
-        self._attention = layout.kind.attention if layout.strategy.ulysses > 1 else None
-        self._crossed: dict[int, Any] = {}
-
-    def is_inside(self, position: int) -> bool:
-        """Tell whether the equation at ``position`` runs inside."""
-        return self._attention is not None and position in self._attention.inside
-
-    def cross(self, array: Any, value: Value, *, inside: bool) -> Any:
-        """Return ``array`` as a reader inside or outside wants it."""
-        attention = self._attention
-        if attention is None or id(value) not in (attention.entering if inside else attention.leaving):
-            return array
-        if id(value) not in self._crossed:
-            # Both sides are pinned, for the cotangent too: else the exchange drifts into the operations around it.
-            left = jax.lax.with_sharding_constraint(array, self._layout.value(value, inside=not inside))
-            arrived = jax.lax.with_sharding_constraint(left, self._layout.value(value, inside=inside))
-            self._crossed[id(value)] = checkpoint_name(arrived, EXCHANGED)
-        return self._crossed[id(value)]
 
 
 def _is_partial(layout: LayerLayout, equation: Equation) -> bool:
