@@ -12,10 +12,9 @@ as often as the gradient adds up partial results (``Parameter.sums``), or once w
 once. A gradient made from what is reduced already (positions: the sum over the batch comes before the table) is not
 reduced again, but for the replicas: that sum was taken inside a group (``Collective.gradient``).
 
-Replicas leave the layout of a gradient to the partitioner until it is scattered, and of a lookup's gradient it makes
-what takes the smallest arrays (xla/service/spmd/gather_scatter_handler.cc orders its methods so): the table reduced, or
-the rows of the samples moved to who holds the part of the table that they are of. It counts the table whole, and where
-tensor ranks share it out it counts its bytes twice, since it would gather it before. Rows moved:
+Replicas without tensor parallelism leave the layout of a lookup's gradient to the partitioner until it is scattered,
+and it makes what takes the smallest arrays (xla/service/spmd/gather_scatter_handler.cc orders its methods so): the
+table reduced, or the rows of the samples moved to who holds the part of the table that they are of. Rows moved:
 
     z divides the looked-up dimension    all-gather of rows and indices over z
     z divides another one                all-to-all of rows over z, all-gather of indices
@@ -96,7 +95,7 @@ class _Gradients:
             whole = self._each(parameter, parameter.sums, deferred=deferred)
             yield Reduction(kind if s.replicas == 1 else "all-reduce", s.dp * s.ulysses, deferred, whole)
             return
-        lookups = () if dim is None or self._accumulates else parameter.lookups
+        lookups = () if dim is None or self._accumulates or s.tp > 1 else parameter.lookups
         moved = [self._moves(parameter, lookup, parameter.dims[dim or 0]) for lookup in lookups]
         left = parameter.sums - sum(map(bool, moved))
         yield from itertools.chain(*moved)
@@ -113,7 +112,6 @@ class _Gradients:
             scattered: The dimension of the table that the ranks share out.
         """
         table, ranks = self._size(parameter, stored=False), self._strategy.zero_ranks
-        whole = parameter.array(parameter.compute_dtype).local_bytes(self._kind.classes, {})
         sizes = {**self._kind.classes, BATCH: self._samples}
         exchanged = set(scattered) <= set(lookup.rows.classes)
         wide, rows = (
@@ -121,7 +119,7 @@ class _Gradients:
             for array in (msgspec.structs.replace(lookup.rows, dtype=parameter.compute_dtype), lookup.rows)
         )
         indices = lookup.indices.local_bytes(sizes, {})
-        if (max(wide, indices, table / ranks), wide + indices) >= (whole, whole if whole == table else 2 * whole):
+        if (max(wide, indices, table / ranks), wide + indices) >= (table, table):
             return []
         kind: CollectiveKind = "all-to-all" if exchanged else "all-gather"
         return [Reduction(kind, ranks, False, rows), Reduction("all-gather", ranks, False, indices)]

@@ -142,7 +142,11 @@ class _Weights:
         """Gather a parameter and copy it; backward, sum the gradients of the copies into their place."""
         used = self._layout.value(self._layout.kind.layer.inputs[self._layout.kind.layer.parameters[position]])
         place, dtype = self._layout.stored(position, self._reduction.role), weight.dtype
+        parameter = self._layout.kind.profile.parameters[position]
         is_spread = position in self._reduction.spread
+        # Left to itself the partitioner has tensor ranks that hold the same weight sum a part each, and exchanges the
+        # parts (docs/design/0090). A lookup's gradient it may make from rows, which may be less than the table.
+        is_summed_whole = self._layout.strategy.tp > 1 or not parameter.lookups
 
         def copied(weight: Any) -> Any:
             whole = self._gather(weight, position)
@@ -153,6 +157,8 @@ class _Weights:
                 return (self.copies.sum_inside(cotangent.astype(dtype), place, self._given),)
             if self._reduction.in_float32:
                 return (self.copies.sum(cotangent.astype(dtype), place),)
+            if is_summed_whole:
+                cotangent = jax.lax.with_sharding_constraint(cotangent, self.copies.place(used))
             inside = jax.lax.with_sharding_constraint(cotangent, self.copies.place(place))
             return (self.copies.sum(inside, place).astype(dtype),)
 

@@ -26,6 +26,7 @@ SUM = Collective(
 """Over the batch, before the table of positions."""
 
 PLAIN, SCATTERED, HSDP = Strategy(dp=8), Strategy(dp=8, zero=2), Strategy(dp=8, zero=3, replicas=2)
+HSDP_TP = Strategy(tp=2, dp=4, zero=3, replicas=2)
 
 Found = set[tuple[str, int, float, bool]]
 
@@ -103,3 +104,5 @@ def test_replicas_move_the_rows_of_a_lookup_where_they_are_less_than_the_table(
     reductions = gradient_reductions(kind, HSDP, 8, accumulates=False, merged=False)
     across = ("all-reduce", 2, vocab * embed, False)
     assert {(r.kind, r.group, r.bytes, r.once) for r in reductions} == expected | {across}
+    beside_tensor_ranks = gradient_reductions(kind, HSDP_TP, 8, accumulates=False, merged=False)
+    assert {(r.kind, r.group) for r in beside_tensor_ranks} == {("reduce-scatter", 2), ("all-reduce", 2)}

@@ -66,6 +66,7 @@ OTHERS = [
     ("vit", "hsdp"),  # a convolution and a broadcast mix samples
     ("t5", "hsdp"),  # a lookup whose rows are less than its table
     ("swin", "hsdp"),
+    ("bert", "hsdp, tp"),  # weights that tensor ranks do not divide
     ("bert", "mixed"),  # a mask, read by layers of other layouts
     ("t5", "mixed"),  # an encoder's output, relative biases
     ("hybrid", "mixed"),  # two groups of layers, statistics

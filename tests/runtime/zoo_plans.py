@@ -60,6 +60,10 @@ FAMILIES: dict[str, Choose] = {
     "tp, zero 3": first_legal(Strategy(tp=2, dp=4, zero=3), Strategy(dp=8, zero=3)),
     "hsdp": first_legal(Strategy(dp=8, zero=3, replicas=2)),
     "hsdp, tp": first_legal(Strategy(tp=2, dp=4, zero=2, replicas=2, remat="full"), Strategy(dp=8, zero=1, replicas=4)),
+    "hsdp, sp": first_legal(
+        Strategy(tp=2, dp=4, sp=True, zero=3, replicas=2), Strategy(tp=2, dp=4, zero=3, replicas=2), DATA
+    ),
+    "hsdp, ulysses": first_legal(Strategy(ulysses=2, dp=4, zero=3, replicas=2), DATA),
     "ulysses, zero 3": first_legal(
         Strategy(ulysses=4, dp=2, zero=3), Strategy(ulysses=2, dp=4, zero=3), Strategy(dp=8, zero=3)
     ),
