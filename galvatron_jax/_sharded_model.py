@@ -285,8 +285,10 @@ class ShardedModel:
         max_stages: int | None,
         max_tp: int | None,
     ) -> Plan:
-        # This version runs attention as XLA compiles it, scores in memory: a plan must not count on a fused kernel.
-        hardware = msgspec.structs.replace(hardware, fused_attention=False)
+        assert self._analysis is not None, "the search follows an analysis"
+        # A plan may count on a fused kernel only where the model asks for one: no call is changed unasked.
+        fused = hardware.fused_attention and self._analysis.asks_for_kernels
+        hardware = msgspec.structs.replace(hardware, fused_attention=fused)
         return find_plan(
             profile,
             self._cluster,

@@ -53,8 +53,16 @@ def own_model(text: str, *, where: str = "--model") -> UserModel:
     return UserModel(model, loss, batch)
 
 
-def preset_model(name: str, *, seq: int | None = None, dtype: str | None = None) -> UserModel:
+def preset_model(
+    name: str, *, seq: int | None = None, dtype: str | None = None, fused_attention: bool = False
+) -> UserModel:
     """Return the preset ``name`` at a sequence length and compute dtype, its own by default; nothing is built.
+
+    Args:
+        name: Of the preset.
+        seq: Sequence length.
+        dtype: Compute dtype.
+        fused_attention: Whether it asks for cuDNN's kernel, which computes in 16 bits: otherwise this is not heeded.
 
     Raises:
         DocumentNotFoundError: there is no such preset.
@@ -65,5 +73,7 @@ def preset_model(name: str, *, seq: int | None = None, dtype: str | None = None)
         seq=seq or config.seq,
         dtype=dtype or config.dtype,  # type: ignore[arg-type]  # LlamaConfig checks it
     )
+    if fused_attention and config.dtype != "float32":
+        config = dataclasses.replace(config, attention="cudnn")
     tokens = jax.ShapeDtypeStruct((1, config.seq), jnp.int32)
     return UserModel(lambda: Llama(config, rngs=nnx.Rngs(0)), next_token_loss, {"inputs": tokens, "targets": tokens})

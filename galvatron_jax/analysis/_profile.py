@@ -50,6 +50,14 @@ class Analysis:
         changes = zip(known, before, after, floating, strict=True)
         return [dotted(path) for (path, _), old, new, is_float in changes if is_float and new is not old]
 
+    @property
+    def asks_for_kernels(self) -> bool:
+        """Tell whether every ``jax.nn.dot_product_attention`` of the model asks for cuDNN (and there is one)."""
+        programs = [kind.layer.forward for kind in self.kinds.values()]
+        asked = {equation for program in programs for call in program.calls for equation in call.equations}
+        marked = {e for program in programs for e in program.equations if ATTENTION in e.scope}
+        return bool(asked) and marked <= asked
+
     @functools.cached_property
     def mixed_samples(self) -> list[str]:
         """Where the loss is no mean over samples, as ``"div in head"``: it depends on the microbatch's size."""

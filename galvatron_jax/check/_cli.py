@@ -16,7 +16,7 @@ from .._document import load, save
 from .._text import clean, show
 from ..cost import estimate_plan
 from ..errors import DocumentNotFoundError, GalvatronError
-from ..hardware import load_hardware
+from ..hardware import as_priced, load_hardware
 from ..models import load_model_profile
 from ..plan import Plan, load_plan
 from ..profile import HardwareProfile, ModelProfile
@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--hardware", metavar="NAME|FILE", help="hardware profile (by the plan's cluster)")
     add("--profile", type=Path, metavar="FILE", help="model profile, for example with measured layers (by its preset)")
     add("--model", default="", metavar="MODULE:FUNCTION", help="your own model: returns (model, loss, batch)")
-    add("--attention", choices=("fused", "xla"), help="how attention runs (as the hardware profile says)")
+    add("--attention", choices=("fused", "xla"), help="how attention runs (default: as the plan was priced)")
     add("--trace", type=Path, metavar="FILE", help="write the predicted step as Trace Event JSON (ui.perfetto.dev)")
     add("--measure", action="store_true", help="run the plan on the visible devices and show the errors")
     add("--steps", type=_positive, default=10, metavar="N", help="steps to measure (%(default)s)")
@@ -93,7 +93,11 @@ def _measure(options: argparse.Namespace, plan: Plan, model: ModelProfile, hardw
 
     distributed.initialize()
     name = plan.model
-    user = own_model(options.model) if options.model else preset_model(name.name, seq=name.seq, dtype=name.dtype)
+    if options.model:
+        user = own_model(options.model)
+    else:
+        fused = hardware.fused_attention
+        user = preset_model(name.name, seq=name.seq, dtype=name.dtype, fused_attention=fused)
     record = measure_plan(plan, user, model, hardware, steps=options.steps, show=_progress)
     if sys.stderr.isatty():
         print("\r\x1b[K", end="", file=sys.stderr)
@@ -111,7 +115,7 @@ def _progress(done: int, total: int) -> None:
 def _hardware(options: argparse.Namespace, plan: Plan) -> HardwareProfile:
     hardware = _named(load_hardware, options.hardware or plan.cluster.gpu, "give the plan's hardware with --hardware")
     if options.attention is None:
-        return hardware
+        return (as_priced(hardware, plan.hardware.fingerprint) if plan.hardware else None) or hardware
     return msgspec.structs.replace(hardware, fused_attention=options.attention == "fused")
 
 

@@ -4,6 +4,7 @@ These are ceilings from data sheets and public measurements, ``measured`` is Fal
 profilers wrote on the user's own cluster takes their place by its path.
 """
 
+from ._bundled import as_priced as as_priced
 from ._bundled import hardware_names as hardware_names
 from ._bundled import load_hardware as load_hardware
 from ._freshness import freshness_notes as freshness_notes

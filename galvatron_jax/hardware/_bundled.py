@@ -7,6 +7,8 @@ import re
 from importlib import resources
 from pathlib import Path
 
+import msgspec
+
 from .. import _document
 from ..errors import DocumentNotFoundError
 from ..profile import HardwareProfile
@@ -53,6 +55,15 @@ def load_hardware(name_or_path: str | Path) -> HardwareProfile:
         raise _unknown(text, name)
     file = resources.files(__package__) / f"{name}.json"
     return _document.decode(file.read_bytes(), HardwareProfile, where=f"bundled hardware {name}")
+
+
+def as_priced(profile: HardwareProfile, fingerprint: str) -> HardwareProfile | None:
+    """Return ``profile`` with the attention (``--attention``) that gives it ``fingerprint``; None if neither does."""
+    for fused in (profile.fused_attention, not profile.fused_attention):
+        priced = msgspec.structs.replace(profile, fused_attention=fused)
+        if priced.fingerprint == fingerprint:
+            return priced
+    return None
 
 
 def _normalized(text: str) -> str:

@@ -60,7 +60,12 @@ class Attention:
             out_specs=self._place(call.outputs[0]).spec,
             check_vma=False,
         )
-        return border.cross_at_kernel(kernel(*arrays), self._values[_variable(call.outputs[0])], inside=False)
+        result = kernel(*arrays)
+        if self._layout.strategy.ulysses > 1:
+            # The kernel keeps its result where it made it, the layer where it reads it. Seen as one array, XLA keeps
+            # one, and exchanges all that a loop has stacked in every turn.
+            result = jax.lax.optimization_barrier(result)
+        return border.cross_at_kernel(result, self._values[_variable(call.outputs[0])], inside=False)
 
     def _place(self, atom: Any) -> NamedSharding:
         return self._layout.value(self._values[_variable(atom)], inside=True)

@@ -43,7 +43,7 @@ FLAGS = {
         ("--seq", "N", "sequence length (default: the model's)"),
         ("--dtype", "NAME", "compute dtype: bfloat16, float16, float32 (default: the model's)"),
         ("--attention", "KIND", "fused: a kernel that keeps no scores (cuDNN; 16-bit dtypes), or xla: scores in memory,"
-         " as auto_shard 0.1 runs it (default: fused where the GPU has it)"),
+         " where the model does not ask for cuDNN (default: fused where the GPU has it)"),
         ("--global-batch", "N,N,...", "samples per step to choose from (default: the largest three of 1, 2, 4, 8, 16,"
          " 32 per GPU that stay within 16 Mi tokens)"),
     ),
@@ -68,8 +68,8 @@ FLAGS = {
         ("--price", "NUMBER", "price of one GPU hour: adds tokens per unit of currency"),
         ("--report", "FILE", "one self-contained HTML page"),
         ("--verify", "", "compile the plan with XLA's GPU compiler (no GPU needed; see python -m galvatron_jax.verify);"
-         " if it does not fit, search again with less memory, up to 4 plans; write only what fits. Presets are compiled"
-         " without a fused attention kernel (--attention xla prices that)"),
+         " if it does not fit, search again with less memory, up to 4 plans; write only what fits. Fused attention is"
+         " compiled where nvidia-cudnn-cu12 is installed (else --attention xla prices what is compiled)"),
         ("--verify-model", "MODULE:FUNCTION", "with --verify and --profile: the model of the profile, as"
          " python -m galvatron_jax.verify --model takes it"),
     ),

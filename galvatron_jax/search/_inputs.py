@@ -112,11 +112,11 @@ def assumption_lines(inputs: Inputs, options: Options) -> list[Line]:
 
 
 def _attention(model: ModelProfile, hardware: HardwareProfile) -> list[Line]:
-    """Say how attention is priced; the runtime of 0.1 runs it without a fused kernel (``auto_shard`` prices it so)."""
+    """Say how attention is priced; ``auto_shard`` runs cuDNN's kernel where the model asks for it, and prices it so."""
     if not any(dot.attention for kind in model.kinds for dot in kind.dots):
         return []
     if any(is_fused(kind, hardware) for kind in model.kinds):
-        note = "   auto_shard 0.1 runs attention without one: plan for it with --attention xla"
+        note = '   the model must ask for it: implementation="cudnn"; else plan with --attention xla'
         return [labelled("", "attention by a fused kernel that keeps no scores (cuDNN)", Piece(note, "yellow"))]
     return [labelled("", "attention with its scores in memory, no fused kernel")]
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from .._document import load
 from ..errors import GalvatronError
-from ..hardware import load_hardware
+from ..hardware import as_priced, load_hardware
 from ..models import load_model_profile
 from ..plan import Plan, check_plan, load_plan
 from ..profile import HardwareProfile, ModelProfile
@@ -71,8 +69,6 @@ def _hardware(plan: Plan, path: Path, hardware: Path | None) -> tuple[HardwarePr
     found = load_hardware(hardware if hardware is not None else plan.hardware.name if plan.hardware else "")
     if plan.hardware is None:
         return found, ""
-    for fused in (found.fused_attention, not found.fused_attention):
-        priced = msgspec.structs.replace(found, fused_attention=fused)
-        if priced.fingerprint == plan.hardware.fingerprint:
-            return priced, ""
+    if priced := as_priced(found, plan.hardware.fingerprint):
+        return priced, ""
     return found, f"{plan.hardware.name} has another fingerprint than the profile that priced the plan: {STALE}"

@@ -26,9 +26,10 @@ EPILOG = """\
 needs the compiler of jax's CUDA plugin (about 183 MB, no GPU, no CUDA):
   pip install --no-deps jax-cuda12-plugin==VERSION jax-cuda12-pjrt==VERSION     (VERSION of the installed jaxlib)
 
-limits of this version: attention is compiled without a fused kernel, also where the model asks for cuDNN, and the
-estimate beside it assumes the same; CUDA context and NCCL are the reserve of the hardware profile, not compiled
-(docs/verify.md)
+attention by cuDNN's fused kernel, as most plans count on, needs cuDNN (716 MB, no GPU):
+  pip install --no-deps nvidia-cudnn-cu12
+without it the scores of attention are arrays, and the estimate beside them assumes the same. CUDA context and NCCL are
+the reserve of the hardware profile, not compiled (docs/verify.md)
 
 exit status: 0 fits, 3 does not fit, 2 bad plan or model, 4 compiler missing or failed
 """

@@ -126,12 +126,15 @@ def check_toolchain() -> None:
         )
 
 
-def compile_plan(plan: Plan, *, model: str = "", time_limit_s: float = TIME_LIMIT_S) -> CompiledPlan:
+def compile_plan(
+    plan: Plan, *, model: str = "", fused_attention: bool = False, time_limit_s: float = TIME_LIMIT_S
+) -> CompiledPlan:
     """Compile all programs of a plan for the plan's cluster; needs no GPU.
 
     Args:
         plan: The plan; its ``cluster.gpu`` is a bundled GPU (``target_names``).
         model: ``MODULE:FUNCTION``, see ``_subject.load_subject``; empty: the preset that the plan names.
+        fused_attention: Whether a preset asks for cuDNN's attention; without the wheel of cuDNN it does not.
         time_limit_s: The subprocess is ended after this many seconds.
 
     Raises:
@@ -140,7 +143,8 @@ def compile_plan(plan: Plan, *, model: str = "", time_limit_s: float = TIME_LIMI
     """
     check_toolchain()
     with tempfile.TemporaryDirectory(prefix="galvatron-verify-") as name:
-        request = CompileRequest(plan=plan, model=model, target=load_target(plan.cluster.gpu), folder=name)
+        target = load_target(plan.cluster.gpu)
+        request = CompileRequest(plan=plan, model=model, fused_attention=fused_attention, target=target, folder=name)
         answer = _run(request, Path(name), time_limit_s)
         if answer.failure is not None:
             raise _raised_again(answer.failure)

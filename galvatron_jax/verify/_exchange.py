@@ -13,6 +13,8 @@ class CompileRequest(Value, frozen=True, kw_only=True):
     plan: Plan
     model: str = ""
     """``MODULE:FUNCTION`` of a model of the user's own; empty: the preset that the plan names."""
+    fused_attention: bool = False
+    """A preset asks for cuDNN's attention, if cuDNN is installed."""
     target: str
     """GpuTargetConfigProto text."""
     folder: str

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..plan import Plan
 from ..units import GIB, format_gib
 from ._compare import CollectiveRow, LayerShare
 from ._compile import Call, CompiledPlan
@@ -33,8 +34,12 @@ def report_lines(verification: Verification, where: str) -> Iterator[str]:
         f"{plan.microbatches} × {plan.microbatch_size} samples"
     )
     yield from _compiler_lines(verification.compiled)
+    alike: dict[tuple[str, ...], list[StageCheck]] = {}
     for check in verification.stages:
-        yield from _stage_lines(check, verification)
+        alike.setdefault(tuple(_stage_lines(check, verification)), []).append(check)
+    for lines, checks in alike.items():
+        yield from _title([check.stage for check in checks], plan)
+        yield from lines
     many = len(verification.stages) > 1
     reasons = [f"stage {c.stage}: {p}" if many else p for c in verification.stages for p in c.problems]
     yield "verdict   fits" if not reasons else "verdict   does not fit: " + "; ".join(map(_clean, reasons))
@@ -42,7 +47,7 @@ def report_lines(verification: Verification, where: str) -> Iterator[str]:
         if reasons and check.planned_peak_bytes < check.estimate.peak_bytes:
             yield (
                 f"          as compiled, with attention scores in memory; the plan counts on a fused kernel and"
-                f" {format_gib(check.planned_peak_bytes)}, which this version cannot verify"
+                f" {format_gib(check.planned_peak_bytes)}"
             )
 
 
@@ -122,18 +127,27 @@ def _compiler_lines(compiled: CompiledPlan) -> Iterator[str]:
         yield f"{'' if position else 'options':<10}{name}={str(value).lower()}"
 
 
+def _title(stages: Sequence[int], plan: Plan) -> Iterator[str]:
+    """Name the stages that a report holds for, and their devices."""
+    if len(plan.stages) > 1:
+        slices = sorted({stage % plan.slices for stage in stages})
+        shared = f", devices shared with every {plan.slices}th stage" if plan.chunks > 1 else ""
+        yield f"stage{_numbers(stages)} · device slice{_numbers(slices)}{shared}"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return f"{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+
+
 def _stage_lines(check: StageCheck, verification: Verification) -> Iterator[str]:
-    if len(verification.stages) > 1:
-        slice_ = check.stage % verification.plan.slices
-        shared = (
-            f", devices shared with every {verification.plan.slices}th stage" if verification.plan.chunks > 1 else ""
-        )
-        yield f"stage {check.stage} · device slice {slice_}{shared}"
     if check.attention_is_fused:
         yield "attention a fused cuDNN kernel, as the estimate assumes"
     else:
         yield "attention compiled without a fused kernel (no cuDNN call): its scores are arrays; the estimate below"
         yield "          assumes the same, so it may be above the plan's own"
+        if check.planned_peak_bytes < check.estimate.peak_bytes:
+            yield "          for the kernel: pip install --no-deps nvidia-cudnn-cu12 (716 MB; -cu13 beside jax-cuda13);"
+            yield '          a model of your own must ask for it: dot_product_attention(implementation="cudnn")'
     yield ""
     yield from _memory_lines(check, verification.compiled.segments)
     yield ""

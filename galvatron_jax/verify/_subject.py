@@ -9,19 +9,23 @@ from ..errors import UnsupportedError
 from ..plan import Plan
 
 
-def load_subject(plan: Plan, model: str) -> UserModel:
+def load_subject(plan: Plan, model: str, *, fused_attention: bool) -> UserModel:
     """Return the model of ``plan`` with the batch of one microbatch, abstract: nothing is built.
 
     Args:
         plan: The plan; names a preset when ``model`` is empty.
         model: ``MODULE:FUNCTION`` (see ``own_model``).
+        fused_attention: Whether a preset asks for cuDNN's kernel; a model of the user's own says so itself.
 
     Raises:
         DocumentNotFoundError: there is no such preset.
         ModelError: the function cannot be imported, or returns something else.
     """
     reference = plan.model
-    found = own_model(model) if model else preset_model(reference.name, seq=reference.seq, dtype=reference.dtype)
+    if model:
+        found = own_model(model)
+    else:
+        found = preset_model(reference.name, seq=reference.seq, dtype=reference.dtype, fused_attention=fused_attention)
     return found.resized(plan.microbatch_size)
 
 

@@ -9,10 +9,10 @@ adds it up. Its collectives are those of each program as often as a step runs it
 
 Limits of this version:
 
-* attention: presets call ``jax.nn.dot_product_attention`` with implementation ``"xla"``, whose scores are arrays.
-  Unless the program holds a cuDNN call, the estimate is made again for attention without a fused kernel, so that like
-  is compared with like. The verdict is that of the program as it was compiled: a plan that counts on fused attention
-  (``planned_peak_bytes`` below ``estimate.peak_bytes``) does not fit without it, here as on the GPUs;
+* attention by cuDNN's kernel is compiled where the wheel of cuDNN is installed and the model asks for it (a preset does
+  when the plan counts on it). Unless the program holds a cuDNN call, the estimate is made again for attention without
+  a fused kernel, so that like is compared with like. The verdict is that of the program as it was compiled: a plan that
+  counts on fused attention (``planned_peak_bytes`` below ``estimate.peak_bytes``) may not fit without it;
 * what no array sees (CUDA context, NCCL buffers) is the reserve of the hardware profile, not compiled.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..cost import PlannedCollective, estimate_plan, memory_budget, step_collectives
-from ..hardware import load_hardware
+from ..hardware import as_priced, load_hardware
 from ..plan import Plan, StagePrediction, check_plan
 from ..profile import HardwareProfile, ModelProfile
 from ._compare import CollectiveRow, compare_collectives
@@ -90,7 +90,8 @@ def verify_plan(
     Args:
         plan: The plan.
         model: ``MODULE:FUNCTION`` of a model of your own (see ``_subject.load_subject``); empty: the plan's preset.
-        hardware: What the estimate is made with; the bundled profile of the plan's GPU by default.
+        hardware: What the estimate is made with; by default the bundled profile of the plan's GPU, with attention
+            run as the plan was priced.
         time_limit_s: For the compilation.
 
     Raises:
@@ -101,8 +102,9 @@ def verify_plan(
     check_plan(plan)
     bundled = load_hardware(plan.cluster.gpu)
     plan = msgspec.structs.replace(plan, cluster=msgspec.structs.replace(plan.cluster, gpu=bundled.name))
-    compiled = compile_plan(plan, model=model, time_limit_s=time_limit_s)
-    hardware = hardware or bundled
+    priced = as_priced(bundled, plan.hardware.fingerprint) if plan.hardware else None
+    hardware = hardware or priced or bundled
+    compiled = compile_plan(plan, model=model, fused_attention=hardware.fused_attention, time_limit_s=time_limit_s)
     devices = plan.stages[0].devices
     read = functools.cache(  # equal stages share their programs
         functools.partial(

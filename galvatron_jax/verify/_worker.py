@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from ..analysis import analyse_model
 from ..errors import GalvatronError
 from ..plan import Plan, check_plan
-from ..runtime import compiler_options, stage_mesh
+from ..runtime import compiler_options, has_cudnn, stage_mesh
 from ._compiler import Compiler
 from ._exchange import CompileAnswer, CompileRequest, Failure
 from ._plan_programs import compile_stages
@@ -52,7 +52,8 @@ def compile_request(request: CompileRequest) -> CompileAnswer:
         PlanError: the plan does not belong to the model.
         AnalysisError: the model cannot be traced.
     """
-    plan, subject = request.plan, load_subject(request.plan, request.model)
+    plan, fused = request.plan, request.fused_attention and has_cudnn()
+    subject = load_subject(plan, request.model, fused_attention=fused)
     analysis = analyse_model(subject.model, subject.loss, subject.batch, name=plan.model.name)
     check_plan(plan, analysis.profile)
     compiler, devices = Compiler(request.folder), _devices(plan, request.target)

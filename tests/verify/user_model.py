@@ -32,6 +32,13 @@ def bfloat16_llama() -> tuple[Any, Any, Any]:
     return model.build, model.loss, model.batch
 
 
+def kernel_llama() -> tuple[Any, Any, Any]:
+    """The same, and it asks for cuDNN's attention."""
+    sizes: dict[str, Any] = {"embed": 256, "mlp": 512, "vocab": 512, "heads": 4, "kv_heads": 2, "layers": 4, "seq": 128}
+    model = small_llama(**sizes, dtype="bfloat16", attention="cudnn")
+    return model.build, model.loss, model.batch
+
+
 def piped_llama() -> tuple[Any, Any, Any]:
     """Four layers at the width of ``tests.runtime.pipeline.planned``."""
     return _planned("llama")
