@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ HEADS, HEAD_DIM, WIDTH, SEQ, BATCH, LAYERS = 8, 4, 32, 16, 16, 2
 class AttentionBlock(nnx.Module):
     """Attention of several forms, then a perceptron."""
 
-    def __init__(self, form: str, kv_heads: int, kernel: str, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, form: str, kv_heads: int, kernel: str | None, *, rngs: nnx.Rngs) -> None:
         self.form, self.kernel = form, kernel
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.query = nnx.Linear(WIDTH, HEADS * HEAD_DIM, use_bias=False, rngs=rngs)
@@ -53,9 +53,9 @@ class AttentionBlock(nnx.Module):
 class AttentionStack(nnx.Module):
     """The blocks between a table and a head."""
 
-    def __init__(self, form: str, kv_heads: int, kernel: str, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, form: str, kv_heads: int, kernels: Sequence[str | None], *, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(64, WIDTH, rngs=rngs)
-        self.layers = nnx.List([AttentionBlock(form, kv_heads, kernel, rngs=rngs) for _ in range(LAYERS)])
+        self.layers = nnx.List([AttentionBlock(form, kv_heads, kernel, rngs=rngs) for kernel in kernels])
         self.head = nnx.Linear(WIDTH, 64, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -70,11 +70,18 @@ def loss(model: Any, batch: Any) -> jax.Array:
     return jnp.mean(jnp.square(model(batch["tokens"], batch["lengths"])))
 
 
-def attention_model(form: str = "causal", *, kv_heads: int = HEADS, kernel: str = "cudnn") -> SmallModel:
-    """Return a model of two layers whose attention has ``form``."""
+def attention_model(
+    form: str = "causal",
+    *,
+    kv_heads: int = HEADS,
+    kernel: str | None = "cudnn",
+    kernels: Sequence[str | None] | None = None,
+) -> SmallModel:
+    """Return a model of two layers whose attention has ``form``; ``kernels``: of each layer, if they differ."""
+    each = kernels or (kernel,) * LAYERS
     random = np.random.default_rng(0)
     batch = {
         "tokens": random.integers(0, 64, (BATCH, SEQ), dtype=np.int32),
         "lengths": random.integers(4, SEQ + 1, BATCH, dtype=np.int32),
     }
-    return SmallModel(lambda: AttentionStack(form, kv_heads, kernel, rngs=nnx.Rngs(0)), loss, batch)
+    return SmallModel(lambda: AttentionStack(form, kv_heads, each, rngs=nnx.Rngs(0)), loss, batch)

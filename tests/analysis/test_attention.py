@@ -1,0 +1,44 @@
+"""Calls of attention that ask for cuDNN: seen through, remembered, and told from those that do not ask."""
+
+from __future__ import annotations
+
+import pytest
+
+from galvatron_jax.analysis import Analysis, AttentionCall, analyse_model, attention_call
+from galvatron_jax.analysis._attention import attention_name
+from tests.support.attention_models import HEADS, LAYERS, attention_model
+
+
+def analysis_of(form: str, kernel: str | None, kv_heads: int = HEADS) -> Analysis:
+    model = attention_model(form, kv_heads=kv_heads, kernel=kernel)
+    return analyse_model(model.build, model.loss, model.abstract_batch)
+
+
+@pytest.mark.parametrize("form", ["causal", "mask", "lengths", "learned bias"])  # a window's mask stays in the call
+def test_profile_does_not_depend_on_what_is_asked_for(form: str) -> None:
+    asked, plain = analysis_of(form, "cudnn", 4), analysis_of(form, "xla", 4)
+    assert asked.profile == plain.profile
+    assert (asked.asks_for_kernels, plain.asks_for_kernels) == (True, False)
+
+
+def test_call_is_remembered_with_its_settings() -> None:
+    analysis = analysis_of("window", "cudnn")
+    (kind,) = {segment.kind for segment in analysis.cut.segments if segment.name.startswith("layers")}
+    (call,) = analysis.kinds[kind].layer.forward.calls
+    asked = AttentionCall(arrays=("query", "key", "value"), is_causal=True, scale=0.3, local_window_size=(4, 0))
+    assert attention_call(call.name) == asked
+    assert len(call.inputs) == len(asked.arrays)
+    assert [layer.count for layer in analysis.profile.layers] == [1, LAYERS, 1]
+
+
+def test_other_calls_are_none() -> None:
+    assert attention_name({"name": "silu"}) is None
+    assert attention_name({}) is None
+
+
+def test_one_call_that_does_not_ask_is_enough() -> None:
+    """A plan must not count on a kernel in some of the layers."""
+    model = attention_model("causal")
+    both = attention_model("causal", kernels=("cudnn", "xla"))
+    assert analyse_model(model.build, model.loss, model.abstract_batch).asks_for_kernels
+    assert not analyse_model(both.build, both.loss, both.abstract_batch).asks_for_kernels
