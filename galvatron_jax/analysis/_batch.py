@@ -14,7 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..errors import AnalysisError
 from ._jaxpr import abstract
+
+_NUMBERS = "biufcV"
+"""Kinds of NumPy dtypes that JAX knows: bfloat16 and its like are V."""
 
 
 def sample_count(batch: Any) -> int | None:
@@ -37,9 +41,13 @@ def disagreeing_samples(batch: Any) -> list[int]:
 
 
 def abstract_batch(batch: Any, samples: int) -> Any:
-    """Return the shapes of ``batch`` if it had ``samples`` samples."""
-    leaves, structure = jax.tree.flatten(batch)
-    shapes = [_abstract(leaf) for leaf in leaves]
+    """Return the shapes of ``batch`` if it had ``samples`` samples.
+
+    Raises:
+        AnalysisError: a leaf is neither an array nor a number.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(batch)
+    shapes = [_abstract(path, leaf) for path, leaf in leaves]
     sized = [
         jax.ShapeDtypeStruct((samples, *shape.shape[1:]), shape.dtype) if has_samples else shape
         for shape, has_samples in zip(shapes, which_have_samples(batch), strict=True)
@@ -62,7 +70,14 @@ def _may_have_samples(leaf: Any) -> bool:
     return bool(np.ndim(leaf)) and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
         return abstract(leaf)
+    if np.asarray(leaf).dtype.kind not in _NUMBERS:
+        raise AnalysisError(
+            f"got a {type(leaf).__name__}",
+            expected="an array, a number or a jax.ShapeDtypeStruct",
+            where=f"batch{jax.tree_util.keystr(path)}",
+            action="leave it out of the batch",
+        )
     return jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(np.result_type(leaf)))  # int64 is int32

@@ -23,6 +23,7 @@ from ._dimensions import Dimensions, Op, Value, Walk, is_opened
 from ._factors import Factors
 from ._flatten import Program, Variable, flatten, is_plain_call
 from ._jaxpr import abstract, is_differentiable
+from ._no_gradient import no_gradient
 from ._primitives import is_kept
 
 BACKWARD = "backward@"
@@ -143,9 +144,15 @@ def analyse_layer(
         parameters: Indices of the inputs that are trained parameters.
         differentiated: Indices of the inputs that need a cotangent.
         samples: Which inputs and outputs hold the samples of the batch.
+
+    Raises:
+        AnalysisError: an operation of it has no gradient.
     """
     chosen = tuple(differentiated)
-    joint, outputs, kept = _trace_both_passes(segment, chosen)
+    try:
+        joint, outputs, kept = _trace_both_passes(segment, chosen)
+    except Exception as error:
+        raise no_gradient(segment.program, error) from error
     walk = Walk(Factors())
     arguments = [walk.fresh(v.aval) for v in joint.inputs]
     for index in samples.inputs[1:]:

@@ -10,6 +10,7 @@ from jax.extend.core import ClosedJaxpr
 
 from ..errors import AnalysisError
 from ._batch import which_have_samples
+from ._jaxpr import is_differentiable
 from ._marks import marked_calls
 from ._pure_model import PureModel
 from ._rows import Rows
@@ -75,6 +76,10 @@ def trace_loss(model: PureModel, batch: Any, *, where: str = "loss") -> Trace:
     if getattr(value, "shape", None) != ():
         raise AnalysisError(
             f"the loss returns {_described(value)}", expected="a scalar", where=where, action="take its mean"
+        )
+    if not is_differentiable(value.dtype):
+        raise AnalysisError(
+            f"the loss returns {value.dtype}", expected="a floating-point scalar", where=where, action="return its mean"
         )
     return Trace(model, program, batch, which_have_samples(batch), Rows.whole(model))
 

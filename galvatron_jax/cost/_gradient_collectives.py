@@ -12,9 +12,10 @@ as often as the gradient adds up partial results (``Parameter.sums``), or once w
 once. A gradient made from what is reduced already (positions: the sum over the batch comes before the table) is not
 reduced again, but for the replicas: that sum was taken inside a group (``Collective.gradient``).
 
-Replicas without tensor parallelism leave the layout of a lookup's gradient to the partitioner until it is scattered,
-and it makes what takes the smallest arrays (xla/service/spmd/gather_scatter_handler.cc orders its methods so): the
-table reduced, or the rows of the samples moved to who holds the part of the table that they are of. Rows moved:
+Replicas without tensor ranks (nor Ulysses) leave the layout of a lookup's gradient to the partitioner until it is
+scattered, and it makes what takes the smallest arrays (xla/service/spmd/gather_scatter_handler.cc orders its methods
+so): the table reduced, or the rows of the samples moved to who holds the part of the table that they are of. Where
+rows are moved:
 
     z divides the looked-up dimension    all-gather of rows and indices over z
     z divides another one                all-to-all of rows over z, all-gather of indices
@@ -95,7 +96,7 @@ class _Gradients:
             whole = self._each(parameter, parameter.sums, deferred=deferred)
             yield Reduction(kind if s.replicas == 1 else "all-reduce", s.dp * s.ulysses, deferred, whole)
             return
-        lookups = () if dim is None or self._accumulates or s.tp > 1 else parameter.lookups
+        lookups = () if dim is None or self._accumulates or s.inner > 1 else parameter.lookups
         moved = [self._moves(parameter, lookup, parameter.dims[dim or 0]) for lookup in lookups]
         left = parameter.sums - sum(map(bool, moved))
         yield from itertools.chain(*moved)

@@ -117,8 +117,15 @@ class Copies:
         """Tell whether ``value`` has any shared class."""
         return not self.shared.keys().isdisjoint(self.layout.kind.layer.dimensions.flat_classes(value))
 
-    def split(self, array: Any, dims: Sequence[int], value: Value) -> Any:
-        """Return [..., batch, ...] as [copies, ..., batch / copies, ...], each rank's samples where they are."""
+    def split(self, array: Any, dims: Sequence[int], value: Value, *, sequence: bool = True) -> Any:
+        """Return [..., batch, ...] as [copies, ..., batch / copies, ...], each rank's samples where they are.
+
+        Args:
+            array: Of samples.
+            dims: Its shared dimensions.
+            value: What it is.
+            sequence: False: every tensor rank gets the whole sequence.
+        """
         counts = [self.layout.stage.size(axes) for axes in self.shared.values()]
         shape: list[int] = []
         fronts, rest = [0] * len(dims), []
@@ -131,11 +138,18 @@ class Copies:
             rest.append(len(shape))
             shape.append(size)
         apart = jnp.transpose(array.reshape(shape), fronts + rest)
-        entries = list(self.layout.value(value).spec)
-        entries += [None] * (array.ndim - len(entries))
-        row = PartitionSpec(self.axes, *[self._without(entry) for entry in entries])
-        split = apart.reshape(self.count, *apart.shape[len(dims) :])
-        return jax.lax.with_sharding_constraint(split, self.layout.stage.sharding(row))
+        return self.place_shares(apart.reshape(self.count, *apart.shape[len(dims) :]), value, sequence=sequence)
+
+    def place_shares(self, shares: Any, value: Value, *, sequence: bool = True) -> Any:
+        """Return what ``split`` makes of ``value``, put where each rank has its own.
+
+        Under sequence parallelism what is not the stream, but goes with it (a norm's mean), stays as it is sharded.
+        """
+        entries = list(self.layout.value(value, sequence=sequence).spec)
+        entries += [None] * (shares.ndim - 1 - len(entries))
+        free = sequence and self.layout.strategy.sp and not self.layout.is_stream(value)
+        row = [self._without(entry) or (PartitionSpec.UNCONSTRAINED if free else None) for entry in entries]
+        return jax.lax.with_sharding_constraint(shares, self.layout.stage.sharding(PartitionSpec(self.axes, *row)))
 
     def merge(self, array: Any, dims: Sequence[int]) -> Any:
         """Undo ``split``."""
@@ -161,7 +175,9 @@ class PerRank:
 
     An array of samples is taken apart into the ranks' shares once, whoever reads it: what a product needs whole (the
     stream, under sequence parallelism) the partitioner gathers for each array that it meets, so one array taken apart
-    for each of three products would be gathered three times.
+    for each of three products would be gathered three times. It is put where the product needs it, and so is the
+    cotangent of what a product makes: left to find out itself, the partitioner names a group of ranks in two ways, and
+    the compiler takes two gathers of one array for two.
     """
 
     def __init__(self, copies: Copies, copied: Iterable[Any]) -> None:
@@ -169,8 +185,9 @@ class PerRank:
         self._copies, self._values = copies, copies.layout.kind.layer.forward_values
         self.copied = set(copied)
         """The variables that are copies so far."""
-        self._shares: dict[int, tuple[Any, Any]] = {}
-        """Arrays by their identity, and as shares; the former only to keep the identity."""
+        self._shares: dict[tuple[int, bool], tuple[Any, Any]] = {}
+        """Arrays by their identity, with their sequence sharded or not, and as shares; the former only to keep the
+        identity."""
 
     def reads_copies(self, equation: Equation) -> bool:
         """Tell whether any operand is a copy."""
@@ -183,25 +200,43 @@ class PerRank:
             return run_equation(equation.eqn, arguments)
         if not _mixes(self._copies, equation, copied):
             self.copied.update(equation.outputs)
-            return _mapped(equation, arguments, copied)
+            results = _mapped(equation, arguments, copied)
+            whole = self._needs_sequence(equation)
+            return [self._place_copies(r, v) if whole else r for r, v in zip(results, equation.outputs, strict=True)]
         shares, mapped = list(arguments), list(copied)
+        whole = self._needs_sequence(equation)
         for i, variable in enumerate(equation.inputs):
             if copied[i] or isinstance(variable, Literal):
                 continue
             value = self._values[variable]
             dims = self._copies.dims(value)
             if dims is not None:
-                shares[i], mapped[i] = self._share(arguments[i], dims, value), True
+                shares[i], mapped[i] = self._share(arguments[i], dims, value, sequence=not whole), True
         results = _mapped(equation, shares, mapped)
         return [
-            self._copies.merge(result, self._copies.dims(self._values[v]) or ())
+            self._merge(result, self._values[v], whole=whole)
             for result, v in zip(results, equation.outputs, strict=True)
         ]
 
-    def _share(self, array: Any, dims: Sequence[int], value: Value) -> Any:
-        if id(array) not in self._shares:
-            self._shares[id(array)] = (array, self._copies.split(array, dims, value))
-        return self._shares[id(array)][1]
+    def _needs_sequence(self, equation: Equation) -> bool:
+        """Tell whether a product under sequence parallelism reads, or makes, the stream of the whole sequence."""
+        layout = self._copies.layout
+        operands = [self._values[v] for v in equation.inputs if not isinstance(v, Literal)]
+        return layout.strategy.sp and any(layout.is_tensor_sharded(value) for value in operands)
+
+    def _share(self, array: Any, dims: Sequence[int], value: Value, *, sequence: bool) -> Any:
+        key = (id(array), sequence)
+        if key not in self._shares:
+            self._shares[key] = (array, self._copies.split(array, dims, value, sequence=sequence))
+        return self._shares[key][1]
+
+    def _place_copies(self, copies: Any, variable: Any) -> Any:
+        row = self._copies.layout.value(self._values[variable], sequence=False)
+        return jax.lax.with_sharding_constraint(copies, self._copies.place(row))
+
+    def _merge(self, shares: Any, value: Value, *, whole: bool) -> Any:
+        placed = self._copies.place_shares(shares, value, sequence=False) if whole else shares
+        return self._copies.merge(placed, self._copies.dims(value) or ())
 
 
 def _mapped(equation: Equation, arguments: Sequence[Any], mapped: Sequence[bool]) -> list[Any]:

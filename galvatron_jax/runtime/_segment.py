@@ -146,7 +146,7 @@ class _Weights:
         is_spread = position in self._reduction.spread
         # Left to itself the partitioner has tensor ranks that hold the same weight sum a part each, and exchanges the
         # parts (docs/design/0090). A lookup's gradient it may make from rows, which may be less than the table.
-        is_summed_whole = self._layout.strategy.tp > 1 or not parameter.lookups
+        is_summed_whole = self._layout.strategy.inner > 1 or not parameter.lookups
 
         def copied(weight: Any) -> Any:
             whole = self._gather(weight, position)

@@ -67,6 +67,7 @@ OTHERS = [
     ("t5", "hsdp"),  # a lookup whose rows are less than its table
     ("swin", "hsdp"),
     ("bert", "hsdp, tp"),  # weights that tensor ranks do not divide
+    ("gpt2", "hsdp, sp"),  # norms that read copies of their scales, positions beside a sharded table
     ("bert", "mixed"),  # a mask, read by layers of other layouts
     ("t5", "mixed"),  # an encoder's output, relative biases
     ("hybrid", "mixed"),  # two groups of layers, statistics

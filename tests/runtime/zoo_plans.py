@@ -63,7 +63,9 @@ FAMILIES: dict[str, Choose] = {
     "hsdp, sp": first_legal(
         Strategy(tp=2, dp=4, sp=True, zero=3, replicas=2), Strategy(tp=2, dp=4, zero=3, replicas=2), DATA
     ),
-    "hsdp, ulysses": first_legal(Strategy(ulysses=2, dp=4, zero=3, replicas=2), DATA),
+    "hsdp, ulysses": first_legal(
+        Strategy(ulysses=2, dp=4, zero=3, replicas=2), Strategy(dp=8, zero=3, replicas=2), DATA
+    ),
     "ulysses, zero 3": first_legal(
         Strategy(ulysses=4, dp=2, zero=3), Strategy(ulysses=2, dp=4, zero=3), Strategy(dp=8, zero=3)
     ),
@@ -143,8 +145,9 @@ def predicted_totals(plan: Plan, analysis: Analysis) -> Totals:
     strategies = [strategy for _, strategy in plan.layers()]
     for c in plan_collectives(plan, analysis.profile):
         s = strategies[c.layer]
-        at_once = s.ulysses > 1 and c.group == s.dp * s.ulysses and _sum_kind(c.kind) == "all-reduce"
-        for group in (s.dp, s.ulysses) if at_once else (c.group,):
+        both = c.group == (s.zero_ranks if c.cause == "gradient" and c.group < s.dp * s.ulysses else s.dp * s.ulysses)
+        at_once = both and c.group > s.ulysses > 1 and _sum_kind(c.kind) == "all-reduce"
+        for group in (c.group // s.ulysses, s.ulysses) if at_once else (c.group,):
             totals[_sum_kind(c.kind), 0 if c.kind == "collective-permute" else group] += c.bytes
     for kind, s in plan.layers():
         layer = analysis.kinds[kind].layer
