@@ -17,6 +17,7 @@ from ._memory import depends_on_samples as depends_on_samples
 from ._memory import memory_budget as memory_budget
 from ._memory import slice_memory as slice_memory
 from ._memory import stage_memory as stage_memory
+from ._pipeline import Crossing as Crossing
 from ._pipeline import StageTime as StageTime
 from ._pipeline import Timeline as Timeline
 from ._pipeline import simulate as simulate
@@ -32,6 +33,7 @@ from ._step_collectives import step_collectives as step_collectives
 from ._stream import StreamLayout as StreamLayout
 from ._stream import estimate_relayout as estimate_relayout
 from ._stream import estimate_transfer as estimate_transfer
+from ._stream import leaves_node as leaves_node
 from ._stream import message_bytes as message_bytes
 from ._stream import relayout_steps as relayout_steps
 from ._stream import stream_arrays as stream_arrays

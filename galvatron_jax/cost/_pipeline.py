@@ -1,26 +1,32 @@
-"""Step time of a pipeline: the schedule itself, played through.
+"""Step time of a pipeline: its events, played through.
 
-With S device slices, stage k lives on slice ``k % S`` (one stage each, or several chunks: ``schedule``). An action of a
-slice starts when the slice has finished its action before and the value that it consumes has arrived:
+With S device slices, stage k lives on slice ``k % S`` (one stage each, or several chunks: ``schedule``). The events are
+those that the runtime runs, in its order (``events.global_order``): computes, and messages between two slices. A slice
+does one event after the other,
 
-    start(forward i of stage k)  >= end(forward i of k - 1)  + transfer(k - 1)
-    start(backward i of stage k) >= end(backward i of k + 1) + transfer(k)      last stage: end(its forward i)
-    step time                    = max over slices of end(last action) + step ends of its stages
+    start(compute) = max(end(event before it on its slice), arrival of its value)
+    step time      = max over slices of end(last event) + step ends of its stages
 
-Messages travel beside compute, so a transfer delays the receiver and occupies nobody. The step time is the longest
-path of this graph; all weights enter with a plus sign, so it never falls while any of them rises. Every slice can be
-the bound.
+and a message takes its seconds in one of two ways (docs/design/0083):
+
+* between nodes it is one program of both sides, which neither stream passes: an event of both slices, that starts when
+  both have come to it and holds both until it is there;
+* inside a node (one process) it is a copy beside compute: it starts when its value is made and delays the receiver.
+
+The order does not depend on the times, so the step time is the longest path of a graph that all plans of a schedule
+share; all weights enter with a plus sign, so it never falls while any of them rises. Every slice can be the bound.
 For equal stages without transfers, 1F1B and GPipe both give (m + p - 1)(f + b) (Narayanan et al. 2021, section 2.2),
 and v chunks of f / v and b / v each give (m + (p - 1) / v)(f + b) (the same, section 2.2.2).
-Complexity: O(stages * microbatches).
+Complexity: O(stages * microbatches) for a known order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from ..errors import PlanError
+from ..events import Compute, global_order
 from ..schedule import Schedule
 
 
@@ -42,13 +48,13 @@ class Timeline:
 
     step_time_s: float
     busy_s: tuple[float, ...]
-    """Seconds that each slice computes or communicates, its step end included."""
+    """Seconds that each slice computes or communicates inside its stages, its step end included; not its messages."""
     end_s: tuple[float, ...]
     """When each slice is done, its step end included."""
 
     @property
     def bubble_s(self) -> tuple[float, ...]:
-        """Seconds that each slice is idle within the step."""
+        """Seconds that each slice waits for others or for messages within the step."""
         return tuple(self.step_time_s - busy for busy in self.busy_s)
 
     @property
@@ -57,69 +63,55 @@ class Timeline:
         return max(range(len(self.end_s)), key=lambda s: (self.end_s[s], self.busy_s[s]))
 
 
-def simulate(schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequence[float]) -> Timeline:
+class Crossing(NamedTuple):
+    """A message over one stage boundary, in either direction."""
+
+    seconds: float
+    meets: bool = True
+    """Both slices are held until it is there; else it delays the receiver only."""
+
+
+def simulate(schedule: Schedule, stages: Sequence[StageTime], crossings: Sequence[Crossing]) -> Timeline:
     """Return when everything happens, and so how long a step takes.
 
     Args:
         schedule: Action lists, one per slice (``schedule.build_schedule``).
         stages: Seconds of each stage; a multiple of the slices.
-        transfer_s: Seconds of a message over each of the ``len(stages) - 1`` boundaries, in either direction.
+        crossings: A message over each of the ``len(stages) - 1`` boundaries.
 
     Raises:
         PlanError: the schedule waits for itself.
     """
-    slices = len(schedule)
     if len(stages) == 1:
         return _one_stage(schedule, stages[0])
-    ends = play(schedule, stages, transfer_s)
-    last = [actions[-1] for actions in schedule]
-    clock = [ends[chunk * slices + s, phase, microbatch] for s, (phase, microbatch, chunk) in enumerate(last)]
+    _, clock = _play(schedule, stages, crossings)
     return _timeline(schedule, stages, clock)
 
 
-def play(
-    schedule: Schedule, stages: Sequence[StageTime], transfer_s: Sequence[float]
-) -> dict[tuple[int, str, int], float]:
-    """Return when every action ends, by (stage, phase, microbatch); arguments and errors as ``simulate``."""
+def play(schedule: Schedule, stages: Sequence[StageTime], crossings: Sequence[Crossing]) -> dict[Compute, float]:
+    """Return when every action ends; arguments and errors as ``simulate``."""
+    return _play(schedule, stages, crossings)[0]
+
+
+def _play(
+    schedule: Schedule, stages: Sequence[StageTime], crossings: Sequence[Crossing]
+) -> tuple[dict[Compute, float], list[float]]:
+    """Return when every action ends, and when every slice is done with its last event."""
     slices = len(schedule)
-    clock, position = [0.0] * slices, [0] * slices
-    ends: dict[tuple[int, str, int], float] = {}
-    left, moved = sum(len(actions) for actions in schedule), True
-    while left and moved:
-        moved = False
-        for s, actions in enumerate(schedule):
-            while position[s] < len(actions):
-                phase, microbatch, chunk = actions[position[s]]
-                k = chunk * slices + s
-                ready = _arrival(ends, k, phase, microbatch, transfer_s)
-                if ready is None:
-                    break
-                clock[s] = max(clock[s], ready) + (stages[k].forward_s if phase == "forward" else stages[k].backward_s)
-                ends[k, phase, microbatch] = clock[s]
-                position[s] += 1
-                left, moved = left - 1, True
-    if left:
-        raise PlanError(
-            f"the schedule waits for itself with {left} actions left", action="use a schedule of galvatron_jax.schedule"
-        )
-    return ends
-
-
-def _arrival(
-    ends: dict[tuple[int, str, int], float], stage: int, phase: str, microbatch: int, transfer_s: Sequence[float]
-) -> float | None:
-    """When the value that an action consumes is there; None when its producer has not run."""
-    last = len(transfer_s)
-    if phase == "forward":
-        if stage == 0:
-            return 0.0
-        source, wire = (stage - 1, "forward", microbatch), transfer_s[stage - 1]
-    elif stage == last:
-        source, wire = (stage, "forward", microbatch), 0.0
-    else:
-        source, wire = (stage + 1, "backward", microbatch), transfer_s[stage]
-    end = ends.get(source)
-    return None if end is None else end + wire
+    clock = [0.0] * slices
+    ends: dict[Compute, float] = {}
+    arrivals: dict[Compute, float] = {}
+    for event in global_order(schedule, len(stages)):
+        if isinstance(event, Compute):
+            stage, s = stages[event.stage], event.stage % slices
+            begin = max(clock[s], arrivals.get(event, 0.0))
+            clock[s] = ends[event] = begin + (stage.forward_s if event.phase == "forward" else stage.backward_s)
+        elif crossings[event.boundary].meets:
+            a, b = event.source % slices, event.target % slices
+            clock[a] = clock[b] = max(clock[a], clock[b]) + crossings[event.boundary].seconds
+        else:
+            arrivals[event.taker] = ends[event.maker] + crossings[event.boundary].seconds
+    return ends, clock
 
 
 def _one_stage(schedule: Schedule, stage: StageTime) -> Timeline:

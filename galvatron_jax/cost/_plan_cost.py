@@ -30,11 +30,12 @@ from ._compute import CAUSAL_SHARE, matmul_peak
 from ._kind import summarise
 from ._layer import estimate_layer
 from ._memory import slice_memory
-from ._pipeline import StageTime, simulate
+from ._pipeline import Crossing, StageTime, simulate
 from ._side_values import side_values
 from ._stream import (
     estimate_relayout,
     estimate_transfer,
+    leaves_node,
     message_bytes,
     stream_arrays,
     stream_sizes,
@@ -60,7 +61,7 @@ def estimate_plan(plan: Plan, model: ModelProfile, hardware: HardwareProfile) ->
     wires = _wires(plan, model, hardware)
     stages = [_price_stage(plan, s, model, hardware) for s in range(len(plan.stages))]
     schedule = build_schedule(plan.schedule, plan.slices, plan.microbatches, plan.chunks)
-    timeline = simulate(schedule, [stage.time for stage in stages], [wire.seconds for wire in wires])
+    timeline = simulate(schedule, [stage.time for stage in stages], [wire.crossing for wire in wires])
     slowest = stages[timeline.slowest_slice :: plan.slices]
     times = {name: sum(stage.times[name] for stage in slowest) for name in slowest[0].times}
     times["bubble"] = max(0.0, timeline.step_time_s - sum(times.values())) if len(stages) > 1 else 0.0
@@ -75,10 +76,10 @@ def estimate_plan(plan: Plan, model: ModelProfile, hardware: HardwareProfile) ->
     )
 
 
-def stage_times(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> tuple[list[StageTime], list[float]]:
-    """Return the times of every stage, and the seconds of a message over every boundary."""
+def stage_times(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> tuple[list[StageTime], list[Crossing]]:
+    """Return the times of every stage, and a message over every boundary."""
     stages = [_price_stage(plan, s, model, hardware).time for s in range(len(plan.stages))]
-    return stages, [wire.seconds for wire in _wires(plan, model, hardware)]
+    return stages, [wire.crossing for wire in _wires(plan, model, hardware)]
 
 
 def sample_flops(model: ModelProfile) -> float:
@@ -113,7 +114,7 @@ class _PricedStage(NamedTuple):
 class _Wire(NamedTuple):
     """A message over one stage boundary."""
 
-    seconds: float
+    crossing: Crossing
     bytes: float
     """On one device."""
 
@@ -202,5 +203,6 @@ def _wires(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> list[_
         setting = stage_setting(plan, stage, model, hardware)
         kind = model.kind(plan.stages[k + 1].runs[0].kind)
         size_bytes = message_bytes(kind, position, sides, setting)
-        found.append(_Wire(estimate_transfer(size_bytes, setting, boundary=k), size_bytes))
+        crossing = Crossing(estimate_transfer(size_bytes, setting, boundary=k), leaves_node(setting, k))
+        found.append(_Wire(crossing, size_bytes))
     return found

@@ -152,9 +152,14 @@ def estimate_transfer(size_bytes: float, setting: Setting, *, boundary: int) -> 
         boundary: ``k`` for the boundary between stages ``k`` and ``k + 1``: it decides which link is crossed (from the
             last slice back to the first: that between nodes, where there are several).
     """
+    link = setting.hardware.inter_node if leaves_node(setting, boundary) else setting.hardware.intra_node
+    return message_seconds(size_bytes, link)
+
+
+def leaves_node(setting: Setting, boundary: int) -> bool:
+    """Return whether a boundary, as in ``estimate_transfer``, lies between two nodes."""
     cluster, after = setting.cluster, (boundary + 1) * setting.stage_devices % setting.cluster.devices
-    leaves_node = cluster.nodes > 1 and after % cluster.gpus_per_node == 0
-    return message_seconds(size_bytes, setting.hardware.inter_node if leaves_node else setting.hardware.intra_node)
+    return cluster.nodes > 1 and after % cluster.gpus_per_node == 0
 
 
 def relayout_steps(before: Strategy, after: Strategy) -> tuple[RelayoutStep, ...]:

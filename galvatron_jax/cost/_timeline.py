@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from ..events import Compute
 from ..plan import Plan
 from ..profile import HardwareProfile, ModelProfile
 from ..schedule import build_schedule
@@ -65,7 +66,7 @@ def plan_timeline(plan: Plan, model: ModelProfile, hardware: HardwareProfile) ->
         row = []
         for phase, microbatch, chunk in actions:
             stage = chunk * plan.slices + s
-            end = ends[stage, phase, microbatch]
+            end = ends[Compute(stage, phase, microbatch)]
             row.append(Span(phase, end - _duration(times[stage], phase), end, microbatch, chunk))
         last = row[-1].end_s
         row.append(Span("step end", last, last + sum(time.step_end_s for time in times[s :: plan.slices])))

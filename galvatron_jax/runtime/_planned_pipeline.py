@@ -19,7 +19,7 @@ from ..analysis import Analysis
 from ..plan import Plan
 from ..schedule import Schedule, build_schedule
 from ._cut_optimizer import CutOptimizer, Values
-from ._events import Event, Phase, check_order, forwards_only, global_order, project
+from ._events import Event, check_order, forwards_only, global_order, project
 from ._mesh import StageMesh, stage_mesh
 from ._model import StageModel
 from ._passes import StagePasses
@@ -63,17 +63,9 @@ class PlannedPipeline:
         return build_schedule(plan.schedule, plan.slices, plan.microbatches, plan.chunks)
 
     def _order(self, schedule: Schedule) -> tuple[Event, ...]:
-        events = global_order(schedule, len(self.stages), self._stage_time)
+        events = global_order(schedule, len(self.stages))
         check_order(project(events, self.plan.slices), len(self.stages))
         return events
-
-    def _stage_time(self, stage: int, phase: Phase) -> float:
-        """Return the predicted time of a pass (of any unit, when nothing is predicted)."""
-        predicted = self.plan.predicted
-        if predicted is None or len(predicted.stages) != len(self.stages):
-            return 1.0 if phase == "forward" else 2.0
-        times = predicted.stages[stage]
-        return times.forward_s if phase == "forward" else times.backward_s
 
     # ----------------------------------------------------------------------------------------------- what is exchanged
     def known(self, vectors: list[list[Any]]) -> Values:

@@ -17,6 +17,7 @@ from ..plan import Plan, ScheduleName, Strategy
 from ..schedule import in_flight_microbatches
 from ._engine import Candidate, Engine
 from ._knapsack import Floats
+from ._paths import path_messages
 from ._plan_building import peak_bytes, priced_plan
 from ._pricing import Prices, message_buffers
 from ._space import layout_of
@@ -172,11 +173,12 @@ def _stage(prices: Prices, candidate: Candidate, s: int, cuts: tuple[int, ...], 
 
 def _bound_s(stages: list[Floats], prices: Prices, candidate: Candidate, cuts: tuple[int, ...]) -> float:
     """The bottleneck paths (``_paths.bottleneck_path``): exact for one stage, a lower bound for several."""
-    bound, before = 0.0, 0.0
+    bound, before, m = 0.0, 0.0, candidate.microbatches
+    wires = [float(prices.transfer_BJ[k, j]) for k, j in enumerate(cuts[1:-1])]
     for s, (forward, backward, _, _) in enumerate(stages):
-        bound = max(bound, before + candidate.microbatches * float(forward + backward))
-        if s < len(stages) - 1:
-            before += float(forward + backward) + 2 * float(prices.transfer_BJ[s, cuts[s + 1]])
+        messages = sum(path_messages(m, s, prices.meets_B, k) * wire for k, wire in enumerate(wires))
+        bound = max(bound, before + m * float(forward + backward) + messages)
+        before += float(forward + backward)
     return bound + float(stages[0][2])
 
 

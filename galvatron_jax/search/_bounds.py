@@ -5,7 +5,10 @@ holds the layers ``i`` to ``j`` (its Lagrangian bound, ``_relaxation``), and ``r
 from ``s`` on when stage ``s`` begins at layer ``i`` (dynamic programming). A beginning ``c[0] ... c[s]`` takes at least
 the sum of its ``phi`` and ``rest[s](c[s])``. The bottleneck paths count together, by the recursion
 
-    V[s](i) = min over j of max(m g[s](i, j), g[s](i, j) + 2 transfer + V[s + 1](j)),   g = least forward + backward
+    V[s](i) = min over j of max(m g[s](i, j) + own, g[s](i, j) + 2 transfer + V[s + 1](j))
+
+with ``g`` the least forward and backward seconds, and ``own`` the messages that hold the slice (``_paths``), but for
+the two before it, which are on every path that passes it.
 
 A stage that takes the limit for its microbatches alone, even with the fastest strategies, is part of no solution: what
 stages can hold is a band, the narrower the more stages there are.
@@ -153,6 +156,18 @@ class Bounds:
         """Return the seconds of a message from ``stage`` to the next one, by the first layer of the next one."""
         return np.asarray(self.prices.transfer_BJ[stage])
 
+    def messages_behind(self, stage: int) -> Floats:
+        """Return the seconds of the messages behind a stage that hold it, by the first layer of the next one."""
+        if stage == self.shape.slices - 1 or not self.prices.meets_B[stage]:
+            return np.zeros(len(self.prices.order) + 1)
+        return 2 * self.microbatches * self.transfer(stage)
+
+    def messages_before(self, stage: int) -> Floats:
+        """Return those before it, but for the two on every path, by its own first layer."""
+        if stage == 0 or not self.prices.meets_B[stage - 1]:
+            return np.zeros(len(self.prices.order) + 1)
+        return 2 * (self.microbatches - 1) * self.transfer(stage - 1)
+
     def _least_buffers(self, stage: int) -> float:
         first = self.prices.message_bytes_J[1:-1]
         if not len(first):
@@ -183,7 +198,8 @@ class _Joint:
             one = first[1] if s == 0 else pairs[s]
             busy = first[0] if s == 0 else m * pairs[s]
             band, following = bounds.band, joint._following(s, joint.rest[0])
-            least = np.maximum(busy[band.held_LW], one[band.held_LW] + following[band.stop_LW]).min(axis=1)
+            own = bounds.messages_before(s)[:-1, None] + bounds.messages_behind(s)[band.stop_LW]
+            least = np.maximum(busy[band.held_LW] + own, one[band.held_LW] + following[band.stop_LW]).min(axis=1)
             joint.rest.insert(0, np.append(least, np.inf))
         return joint
 
@@ -191,18 +207,21 @@ class _Joint:
         """Return the bound by the end of the next stage, when the stages before begin at ``cuts``."""
         m, stage, at = float(self.bounds.microbatches), len(cuts) - 1, cuts[-1]
         band, following = self.bounds.band, self._following(stage, self.rest[stage + 1])
+        behind = self.bounds.messages_behind(stage)
         if stage == 0:
             busy, one = (band.ends(first[band.held_LW[0]], 0) for first in self.first)
-            return np.asarray(np.maximum(busy, one + following))
+            return np.asarray(np.maximum(busy + behind, one + following))
         held = [band.count(*pair) for pair in itertools.pairwise(cuts)]
-        bounds = np.full(len(following), float(self.first[0][held[0]]))
+        bounds = np.full(len(following), float(self.first[0][held[0]]) + float(self.bounds.messages_behind(0)[cuts[1]]))
         spent = float(self.first[1][held[0]] + 2 * self.bounds.transfer(0)[cuts[1]])
         for s in range(1, stage):
             pair = float(self.pairs[s][held[s]])
-            np.maximum(bounds, spent + m * pair, out=bounds)
+            own = self.bounds.messages_before(s)[cuts[s]] + self.bounds.messages_behind(s)[cuts[s + 1]]
+            np.maximum(bounds, spent + m * pair + float(own), out=bounds)
             spent += pair + 2 * float(self.bounds.transfer(s)[cuts[s + 1]])
         pairs = band.ends(self.pairs[stage][band.held_LW[at]], at)
-        return np.asarray(np.maximum(bounds, spent + np.maximum(m * pairs, pairs + following)))
+        own = float(self.bounds.messages_before(stage)[at]) + behind
+        return np.asarray(np.maximum(bounds, spent + np.maximum(m * pairs + own, pairs + following)))
 
     def _following(self, stage: int, rest: Floats) -> Floats:
         """What follows a stage's own pair on the way to a later bottleneck, by the stage's end."""

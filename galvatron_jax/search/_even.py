@@ -2,10 +2,11 @@
 
 The bottleneck path of slice ``s`` (``_paths``) takes at least
 
-    fill[s] + m G[s]      fill[s] = sum over k < s of (fastest seconds of stage k + 2 transfer[k])
+    fill[s] + m G[s]      fill[s] = sum over k < s of (fastest seconds of stage k) + sum over k of x[s, k] transfer[k]
 
-where ``G[s]``, the seconds of one microbatch's passes through the slice's stages, is at least that of the fastest
-strategies, and by Lagrangian duality with ``N`` layers of a kind of which ``H`` microbatches in all are in flight
+with ``x[s, k]`` messages over boundary ``k`` on that path. ``G[s]``, the seconds of one microbatch's passes through the
+slice's stages, is at least that of the fastest strategies, and by Lagrangian duality with ``N`` layers of a kind of
+which ``H`` microbatches in all are in flight
 
     G[s] >= max over p of  sum over kinds of  N A(p, H / N)  -  p room                (``A``: ``_whole``)
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from ._assignment import Assigner
 from ._knapsack import Floats, Ints
+from ._paths import path_messages
 from ._pricing import Prices
 from ._space import Shape
 from ._whole import Layers, fastest_seconds, held_in_flight
@@ -33,9 +35,12 @@ def even_bounds(
 ) -> Floats:
     """Return a lower bound in seconds by row of ``cuts_NK``; those below ``limit`` are the best of these bounds."""
     slices, spent = shape.slices, np.diff(np.array(fastest_seconds(prices))[cuts_NK], axis=1)
-    wires = np.stack([prices.transfer_BJ[k, cuts_NK[:, k + 1]] for k in range(slices - 1)], axis=1)
-    fills = np.zeros((len(cuts_NK), slices))
-    np.cumsum(spent[:, : slices - 1] + 2 * wires, axis=1, out=fills[:, 1:])
+    inner = range(shape.stages - 1)
+    wires = np.stack([prices.transfer_BJ[k % slices, cuts_NK[:, k + 1]] for k in inner], axis=1)
+    fills = wires @ np.array(
+        [[path_messages(microbatches, s, prices.meets_B, k) for s in range(slices)] for k in inner], float
+    )
+    fills[:, 1:] += np.cumsum(spent[:, : slices - 1], axis=1)
     own = np.stack([spent[:, s::slices].T.sum(axis=0) for s in range(slices)], axis=1)
     bounds = (fills + microbatches * own).max(axis=1, initial=0.0)
     layers, held_SC = Layers.of(prices, assigner), held_in_flight(shape, microbatches)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..cost import Crossing
 from ._bounds import Bounds
 from ._knapsack import TooHard
 from ._paths import Path, bottleneck_path, longest_path
@@ -55,7 +56,7 @@ class Partition:
     """Step time that a solution must stay below."""
     report: Callable[[Solution | None], None]
     """Called between steps with the best solution so far; may raise to stop the search."""
-    transfer_s: list[float] = field(init=False)
+    crossings: list[Crossing] = field(init=False)
     paths: list[Path] = field(default_factory=list)
     """Known paths: the bottleneck paths and the cuts known for all boundaries, once it is solved."""
     best: Solution | None = None
@@ -63,7 +64,7 @@ class Partition:
 
     def __post_init__(self) -> None:
         """Price the messages."""
-        self.transfer_s = self.line.transfers(self.boundaries)
+        self.crossings = self.line.crossings(self.boundaries)
 
     @property
     def slices(self) -> int:
@@ -71,8 +72,7 @@ class Partition:
         return self.line.shape.slices
 
     def _bottleneck(self, s: int) -> Path:
-        slices, _, chunks = self.line.shape
-        return bottleneck_path(slices, self.line.microbatches, s, chunks)
+        return bottleneck_path(self.line.microbatches, s, self.line.prices.meets_B, self.line.shape.chunks)
 
     def solve(self, known: Solution | None) -> Solution | None:
         """Return the best solution below the limit, which ``known`` has set, or None."""
@@ -138,7 +138,7 @@ class Partition:
     def _play(self, choices: tuple[SliceChoice, ...]) -> Path:
         """Run the schedule, keep the solution if it is better, and return its longest path."""
         stages = tuple(choice.stages[c] for c in range(self.line.shape.chunks) for choice in choices)
-        time_s, path = longest_path(self.line.schedule, stages, self.transfer_s)
+        time_s, path = longest_path(self.line.order, self.slices, stages, self.crossings)
         if time_s < self.limit:
             self.limit = time_s
             self.best = Solution(time_s, self.boundaries, stages)
@@ -146,7 +146,7 @@ class Partition:
 
     def _bound(self, path: Path, fixed: dict[int, SliceChoice]) -> float:
         stages = sum(self._least(s, path, fixed) for s in range(self.slices))
-        return stages + sum(k * t for k, t in zip(path.crossings, self.transfer_s, strict=True))
+        return stages + sum(k * c.seconds for k, c in zip(path.crossings, self.crossings, strict=True))
 
     def _least(self, chosen: int, path: Path, fixed: dict[int, SliceChoice]) -> float:
         """Least contribution of a slice to a path; infinite when nothing fits."""

@@ -1,14 +1,14 @@
-"""The step time of a pipeline and the chain of actions that decides it.
+"""The step time of a pipeline and the chain of events that decides it.
 
-The step time is the longest path through the schedule's graph (``cost.simulate``). A path passes ``a[k]`` forwards
-and ``b[k]`` backwards of stage ``k``, crosses boundary ``k`` ``x[k]`` times and ends with the step ends of one slice,
-so
+The step time is the longest path through the graph of the schedule's events (``events.global_order``): each waits for
+the one before it on each of its slices, and for its value (``cost.simulate``). A path passes ``a[k]`` forwards and
+``b[k]`` backwards of stage ``k``, ``x[k]`` messages over boundary ``k``, and ends with the step ends of one slice, so
 
     step time = max over paths of
         sum_k (a[k] forward[k] + b[k] backward[k] + c[k] step_end[k]) + sum_k x[k] transfer[k]
 
-Each path is a linear lower bound on the step time of *every* plan with the same schedule. Complexity: O(stages *
-microbatches).
+The graph depends on the schedule and the cluster alone, so each path is a linear lower bound on the step time of
+*every* plan with the same schedule and slices. Complexity: O(stages * microbatches).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..schedule import Action, Schedule
+from ..cost import Crossing
+from ..events import Compute, Event
 from ._stage import StageChoice, Weights
 
 
@@ -33,86 +34,90 @@ class Path(NamedTuple):
         return self.weights[s::slices]
 
 
-def bottleneck_path(slices: int, microbatches: int, bottleneck: int, chunks: int = 1) -> Path:
+def bottleneck_path(microbatches: int, bottleneck: int, meets: Sequence[bool], chunks: int = 1) -> Path:
     """Return the path that waits for one slice all the time, and ends with the step ends of the first slice.
 
-    The first microbatch's forwards up to the slice, all its actions, the last microbatch's backwards back to the
+    The first microbatch's forwards up to the slice, all the slice's events, the last microbatch's backwards back to the
     first slice. It is a path of every schedule.
+
+    Args:
+        microbatches: How many.
+        bottleneck: The slice.
+        meets: By slice, whether messages to the next one hold both (``cost.Crossing``).
+        chunks: Stages on each slice.
     """
-    m, stages = float(microbatches), slices * chunks
+    m, slices = float(microbatches), len(meets)
+    stages = slices * chunks
     counts = [m if k % slices == bottleneck else 1.0 if k < bottleneck else 0.0 for k in range(stages)]
     weights = tuple(Weights(n, n, float(k % slices == 0)) for k, n in enumerate(counts))
-    return Path(weights, tuple(2 if k < bottleneck else 0 for k in range(stages - 1)))
+    return Path(weights, tuple(path_messages(microbatches, bottleneck, meets, k) for k in range(stages - 1)))
 
 
-def longest_path(schedule: Schedule, stages: Sequence[StageChoice], transfer_s: Sequence[float]) -> tuple[float, Path]:
+def path_messages(microbatches: int, bottleneck: int, meets: Sequence[bool], boundary: int) -> int:
+    """Return the messages over a boundary that are on the bottleneck path; arguments as there.
+
+    On the way to the slice and back there are two. Messages that hold the slice are its events: of each microbatch one
+    forward and one backward over each of its boundaries.
+    """
+    slices = len(meets)
+    if meets[boundary % slices] and bottleneck in (boundary % slices, (boundary + 1) % slices):
+        return 2 * microbatches
+    return 2 if boundary < bottleneck else 0
+
+
+def longest_path(
+    order: Sequence[Event], slices: int, stages: Sequence[StageChoice], crossings: Sequence[Crossing]
+) -> tuple[float, Path]:
     """Return the step time in seconds and a path that takes as long.
 
     Args:
-        schedule: Action lists, one per slice.
+        order: All events of a step (``events.global_order``).
+        slices: Device slices.
         stages: The stages' times.
-        transfer_s: Seconds of a message over each boundary, in either direction.
+        crossings: A message over each boundary.
     """
     if len(stages) == 1:
-        path = bottleneck_path(1, len(schedule[0]) // 2, 0)
+        path = bottleneck_path(len(order) // 2, 0, (False,))
         return stages[0].cost(path.weights[0]), path
-    slices = len(schedule)
-    ends, waits = _play(schedule, stages, transfer_s)
-    finish = [ends[s][-1] + sum(stage.step_end_s for stage in stages[s::slices]) for s in range(slices)]
-    last = max(range(slices), key=lambda s: finish[s])
-    return finish[last], _trace(schedule, waits, last, len(stages))
-
-
-def _play(
-    schedule: Schedule, stages: Sequence[StageChoice], transfer_s: Sequence[float]
-) -> tuple[list[list[float]], list[list[int]]]:
-    """Return when each action of each slice ends, and which stage it waited for (-1 when for its slice only)."""
-    slices, count = len(schedule), len(stages)
-    done: tuple[list[dict[int, float]], list[dict[int, float]]] = (
-        [{} for _ in range(count)],
-        [{} for _ in range(count)],
-    )
-    ends: list[list[float]] = [[] for _ in range(slices)]
-    waits: list[list[int]] = [[] for _ in range(slices)]
-    moved = True
-    while moved:
-        moved = False
-        for s, actions in enumerate(schedule):
-            while len(ends[s]) < len(actions):
-                phase, microbatch, chunk = actions[len(ends[s])]
-                k, backward = chunk * slices + s, phase == "backward"
-                source = min(k + 1, count - 1) if backward else max(k - 1, 0)
-                ready = 0.0 if source == k else done[backward][source].get(microbatch)
-                if ready is None:
-                    break
-                ready += transfer_s[min(k, source)] if source != k else 0.0
-                free = ends[s][-1] if ends[s] else 0.0
-                end = max(free, ready) + (stages[k].backward_s if backward else stages[k].forward_s)
-                waits[s].append(source if ready > free else -1)
-                ends[s].append(end)
-                done[backward][k][microbatch] = end
-                moved = True
-    return ends, waits
-
-
-def _trace(schedule: Schedule, waits: Sequence[Sequence[int]], last: int, stages: int) -> Path:
-    """Walk back from the end of slice ``last`` to the start of the step."""
-    slices = len(schedule)
-    position = [{action: i for i, action in enumerate(actions)} for actions in schedule]
-    forward, backward, crossings = [0] * stages, [0] * stages, [0] * (stages - 1)
-    s, at = last, len(schedule[last]) - 1
-    while at >= 0:
-        action = schedule[s][at]
-        k, source = action.chunk * slices + s, waits[s][at]
-        (forward if action.phase == "forward" else backward)[k] += 1
-        if source < 0:
-            at -= 1
+    clock, last = [0.0] * slices, [-1] * slices
+    before: list[int] = []  # the event that each one waited for
+    ends: dict[Compute, tuple[float, int]] = {}
+    arrivals: dict[Compute, tuple[float, int]] = {}
+    for n, event in enumerate(order):
+        if isinstance(event, Compute):
+            stage, s = stages[event.stage], event.stage % slices
+            begin, waited = max((clock[s], last[s]), arrivals.get(event, _AT_ONCE))
+            clock[s] = begin + (stage.forward_s if event.phase == "forward" else stage.backward_s)
+            ends[event], last[s] = (clock[s], n), n
+        elif crossings[event.boundary].meets:
+            a, b = event.source % slices, event.target % slices
+            begin, waited = max((clock[a], last[a]), (clock[b], last[b]))
+            clock[a] = clock[b] = begin + crossings[event.boundary].seconds
+            last[a] = last[b] = n
         else:
-            crossings[min(k, source)] += 1
-            s = source % slices
-            at = position[s][Action(action.phase, action.microbatch, source // slices)]
-    weights = tuple(
-        Weights(float(f), float(b), float(k % slices == last))
-        for k, (f, b) in enumerate(zip(forward, backward, strict=True))
-    )
+            made, waited = ends[event.maker]
+            arrivals[event.taker] = made + crossings[event.boundary].seconds, n
+        before.append(waited)
+    finish = [clock[s] + sum(stage.step_end_s for stage in stages[s::slices]) for s in range(slices)]
+    end = max(range(slices), key=finish.__getitem__)
+    return finish[end], _trace(order, before, last[end], [k % slices == end for k in range(len(stages))])
+
+
+_AT_ONCE = 0.0, -1
+"""When a value arrives that no message brings, and the message."""
+
+
+def _trace(order: Sequence[Event], before: Sequence[int], at: int, ends: Sequence[bool]) -> Path:
+    """Walk back from an event to the start of the step; ``ends`` tells the stages whose step ends follow."""
+    forward, backward, crossings = [0] * len(ends), [0] * len(ends), [0] * (len(ends) - 1)
+    while at >= 0:
+        event = order[at]
+        if not isinstance(event, Compute):
+            crossings[event.boundary] += 1
+        elif event.phase == "forward":
+            forward[event.stage] += 1
+        else:
+            backward[event.stage] += 1
+        at = before[at]
+    weights = tuple(Weights(float(f), float(b), float(e)) for f, b, e in zip(forward, backward, ends, strict=True))
     return Path(weights, tuple(crossings))

@@ -31,6 +31,7 @@ from ._bounds import Bounds
 from ._even import even_bounds
 from ._knapsack import TooHard
 from ._partition import Partition, Solution
+from ._paths import path_messages
 from ._slices import Slices, fullest_moments
 from ._space import even_cuts
 from ._stage import ROUNDING, Weights, normalised
@@ -122,10 +123,13 @@ class Pipeline:
         return bound
 
     def _fills(self, boundaries: tuple[int, ...]) -> list[float]:
-        """What precedes and follows a slice's own actions on its bottleneck path, at least."""
-        ways = zip(self._spent(boundaries), self.line.transfers(boundaries), strict=False)
-        return list(itertools.accumulate((spent + 2 * wire for spent, wire in ways), initial=0.0))[
-            : self.line.shape.slices
+        """What is on each slice's bottleneck path beside its actions: other slices', at least, and messages."""
+        m, meets = self.line.microbatches, self.line.prices.meets_B
+        spent = list(itertools.accumulate(self._spent(boundaries), initial=0.0))
+        crossings = self.line.crossings(boundaries)
+        return [
+            spent[s] + sum(path_messages(m, s, meets, k) * crossing.seconds for k, crossing in enumerate(crossings))
+            for s in range(self.line.shape.slices)
         ]
 
     def _spent(self, boundaries: tuple[int, ...]) -> list[float]:

@@ -23,6 +23,7 @@ from ..cost import (
     estimate_relayout,
     estimate_transfer,
     least_seconds,
+    leaves_node,
     message_bytes,
     side_values,
     stream_arrays,
@@ -114,6 +115,8 @@ class Prices:
     """Size on one device of a message to a stage that begins with layer ``j`` (0 at both ends of the model)."""
     transfer_BJ: Floats
     """Seconds of that message, by the slice ``b`` before the boundary."""
+    meets_B: tuple[bool, ...]
+    """Whether it holds both slices (``cost.Crossing``)."""
     work: tuple[float, ...]
     """Least seconds of the first ``n`` layers, at index ``n`` (``PriceList.work``)."""
 
@@ -204,8 +207,9 @@ def _price(price_list: PriceList, setting: Setting) -> Prices | None:
     messages = _messages(price_list, setting)
     boundaries = setting.slices if setting.slices > 1 else 0
     transfers = _transfers(messages, setting, boundaries)
+    meets = tuple(leaves_node(setting, b) for b in range(boundaries)) or (False,)
     work = price_list.work
-    return Prices(layouts, kinds, relayouts, order, price_list.contents, messages, transfers, work)
+    return Prices(layouts, kinds, relayouts, order, price_list.contents, messages, transfers, meets, work)
 
 
 def _kind_prices(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from ..schedule import Schedule, build_schedule, in_flight_microbatches, in_flight_units
+from ..cost import Crossing
+from ..events import Event, global_order
+from ..schedule import build_schedule, in_flight_microbatches, in_flight_units
 from ._assignment import Assigner
 from ._pricing import Prices, message_buffers
 from ._space import Shape
@@ -37,22 +39,22 @@ class Slices:
     assigner: Assigner
     shape: Shape
     microbatches: int
-    _schedule: Schedule = ()
+    _order: tuple[Event, ...] = ()
     _held: tuple[tuple[int, ...], dict[int, Span]] = field(default_factory=lambda: ((), {}))
     """Spans of the boundaries asked for last."""
 
     @property
-    def schedule(self) -> Schedule:
-        """The action lists, made when they are first needed: they are long."""
-        if not self._schedule:
+    def order(self) -> tuple[Event, ...]:
+        """All events of a step, made when they are first needed: they are many."""
+        if not self._order:
             slices, schedule, chunks = self.shape
-            self._schedule = build_schedule(schedule, slices, self.microbatches, chunks)
-        return self._schedule
+            self._order = global_order(build_schedule(schedule, slices, self.microbatches, chunks), self.shape.stages)
+        return self._order
 
-    def transfers(self, boundaries: tuple[int, ...]) -> list[float]:
-        """Return the seconds of a message over each boundary."""
-        seconds, slices = self.prices.transfer_BJ, self.shape.slices
-        return [float(seconds[k % slices, j]) for k, j in enumerate(boundaries[1:-1])]
+    def crossings(self, boundaries: tuple[int, ...]) -> list[Crossing]:
+        """Return a message over each boundary."""
+        seconds, meets, slices = self.prices.transfer_BJ, self.prices.meets_B, self.shape.slices
+        return [Crossing(float(seconds[k % slices, j]), meets[k % slices]) for k, j in enumerate(boundaries[1:-1])]
 
     def span(self, s: int, boundaries: tuple[int, ...]) -> Span:
         """Return what slice ``s`` holds."""

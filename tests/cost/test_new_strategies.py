@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from galvatron_jax.cost import (
+    Crossing,
     LayerCost,
     Setting,
     collective_seconds,
@@ -152,7 +153,7 @@ def test_interleaving_equal_stages_shortens_the_bubble_by_the_chunks(slices: int
     m = 4 * slices
     stages = [StageTime(forward_s=1 / chunks, backward_s=2 / chunks, step_end_s=0.0)] * (slices * chunks)
     schedule = build_schedule("interleaved-1f1b", slices, m, chunks)
-    timeline = simulate(schedule, stages, [0.0] * (len(stages) - 1))
+    timeline = simulate(schedule, stages, [Crossing(0.0, meets=False)] * (len(stages) - 1))
     assert timeline.step_time_s == pytest.approx((m + (slices - 1) / chunks) * 3)
     assert timeline.busy_s == pytest.approx([3.0 * m] * slices)
 

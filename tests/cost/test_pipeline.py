@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from galvatron_jax.cost import StageTime, simulate
+from galvatron_jax.cost import Crossing, StageTime, simulate
 from galvatron_jax.errors import PlanError
+from galvatron_jax.events import Compute, Event, Transfer, global_order, slices_of
 from galvatron_jax.schedule import Action, Schedule, build_schedule
 
 times = st.floats(0, 10)
-Pipeline = tuple[Schedule, list[StageTime], list[float]]
-Node = tuple[int, str, int]
+Pipeline = tuple[Schedule, list[StageTime], list[Crossing]]
 
 
 def stage(forward_s: float = 1.0, backward_s: float = 2.0, step_end_s: float = 0.0) -> StageTime:
@@ -21,59 +21,70 @@ def stage(forward_s: float = 1.0, backward_s: float = 2.0, step_end_s: float = 0
 
 @st.composite
 def pipelines(draw: st.DrawFn) -> Pipeline:
-    count, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    schedule = build_schedule(draw(st.sampled_from(["1f1b", "gpipe"])), count, microbatches)
-    stages = [stage(draw(times), draw(times), draw(times)) for _ in range(count)]
-    return schedule, stages, [draw(times) for _ in range(count - 1)]
+    slices, groups = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    name, chunks = draw(st.sampled_from([("1f1b", 1), ("gpipe", 1), ("interleaved-1f1b", 2)]))
+    chunks = chunks if slices > 1 else 1
+    schedule = build_schedule(name, slices, groups * (slices if chunks > 1 else 1), chunks)
+    stages = [stage(draw(times), draw(times), draw(times)) for _ in range(slices * chunks)]
+    return schedule, stages, [Crossing(draw(times), draw(st.booleans())) for _ in stages[1:]]
 
 
-def longest_path(schedule: Schedule, stages: list[StageTime], transfer_s: list[float]) -> float:
+def longest_path(schedule: Schedule, stages: list[StageTime], crossings: list[Crossing]) -> float:
     """The same graph solved another way: relax all edges until nothing changes (Bellman-Ford)."""
-    nodes: list[Node] = [
-        (s, action.phase, action.microbatch) for s, actions in enumerate(schedule) for action in actions
-    ]
-    duration = {n: stages[n[0]].forward_s if n[1] == "forward" else stages[n[0]].backward_s for n in nodes}
-    edges: list[tuple[Node, Node, float]] = [
-        ((s, *a[:2]), (s, *b[:2]), 0.0) for s, actions in enumerate(schedule) for a, b in itertools.pairwise(actions)
-    ]
-    last = len(stages) - 1
-    for s, phase, i in nodes:
-        if phase == "forward" and s > 0:
-            edges.append(((s - 1, "forward", i), (s, "forward", i), transfer_s[s - 1]))
-        if phase == "backward":
-            source = (s, "forward", i) if s == last else (s + 1, "backward", i)
-            edges.append((source, (s, "backward", i), 0.0 if s == last else transfer_s[s]))
-    end = dict(duration)
-    for _ in nodes:
-        for a, b, delay in edges:
-            end[b] = max(end[b], end[a] + delay + duration[b])
-    return max(end[n] + stages[n[0]].step_end_s for n in nodes)
+    slices, order = len(schedule), global_order(schedule, len(stages))
+
+    def duration(event: Event) -> float:
+        if isinstance(event, Transfer):
+            return crossings[event.boundary].seconds
+        return stages[event.stage].forward_s if event.phase == "forward" else stages[event.stage].backward_s
+
+    def holds(event: Event) -> bool:
+        return isinstance(event, Compute) or crossings[event.boundary].meets
+
+    own = [[event for event in order if s in slices_of(event, slices) and holds(event)] for s in range(slices)]
+    edges: list[tuple[Event, Event]] = [edge for events in own for edge in itertools.pairwise(events)]
+    edges += [e for t in order if isinstance(t, Transfer) for e in ((t.maker, t), (t, t.taker))]
+    end, moved = {event: duration(event) for event in order}, True
+    while moved:
+        moved = False
+        for a, b in edges:
+            if end[a] + duration(b) > end[b]:
+                end[b], moved = end[a] + duration(b), True
+    return max(end[events[-1]] + sum(x.step_end_s for x in stages[s::slices]) for s, events in enumerate(own))
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("microbatches", [1, 2, 8, 9])
 def test_simulate_equal_stages_takes_the_closed_form(name: str, count: int, microbatches: int) -> None:
-    timeline = simulate(build_schedule(name, count, microbatches), [stage(1.0, 2.0)] * count, [0.0] * (count - 1))
+    timeline = simulate(
+        build_schedule(name, count, microbatches), [stage(1.0, 2.0)] * count, [Crossing(0.0)] * (count - 1)
+    )
     assert timeline.step_time_s == pytest.approx((microbatches + count - 1) * 3.0)
     assert timeline.busy_s == pytest.approx([microbatches * 3.0] * count)
     assert timeline.bubble_s == pytest.approx([(count - 1) * 3.0] * count)
 
 
-def test_simulate_transfers_delay_the_receiver_only() -> None:
-    timeline = simulate(build_schedule("1f1b", 2, 1), [stage(), stage()], [0.5])
-    assert timeline.step_time_s == pytest.approx(1 + 0.5 + 1 + 2 + 0.5 + 2)
-    assert timeline.busy_s == pytest.approx([3.0, 3.0])
+def test_simulate_messages_between_nodes_hold_both_sides() -> None:
+    timeline = simulate(build_schedule("1f1b", 2, 2), [stage(), stage()], [Crossing(0.5)])
+    first = 1 + 0.5 + 1  # the second forward of slice 0 and the first of slice 1, side by side
+    assert timeline.step_time_s == pytest.approx(first + 0.5 + 2 + 0.5 + 3 + 0.5 + 2)
+    assert timeline.busy_s == pytest.approx([6.0, 6.0])
+
+
+def test_simulate_messages_inside_a_node_delay_the_receiver_only() -> None:
+    timeline = simulate(build_schedule("1f1b", 2, 2), [stage(), stage()], [Crossing(0.5, meets=False)])
+    assert timeline.step_time_s == pytest.approx(1 + 0.5 + 3 + 3 + 0.5 + 2)
 
 
 def test_simulate_slow_middle_stage_is_the_bound() -> None:
     stages = [stage(1.0, 1.0), stage(5.0, 5.0), stage(1.0, 1.0)]
-    timeline = simulate(build_schedule("1f1b", 3, 20), stages, [0.0, 0.0])
+    timeline = simulate(build_schedule("1f1b", 3, 20), stages, [Crossing(0.0, meets=False)] * 2)
     assert timeline.step_time_s == pytest.approx(1 + 20 * (5 + 5) + 1)
 
 
 def test_simulate_step_end_of_an_early_stage_can_decide() -> None:
-    timeline = simulate(build_schedule("1f1b", 2, 2), [stage(1, 2), stage(1, 2, step_end_s=50)], [0.0])
+    timeline = simulate(build_schedule("1f1b", 2, 2), [stage(1, 2), stage(1, 2, step_end_s=50)], [Crossing(0.0)])
     assert timeline.slowest_slice == 1
     assert timeline.step_time_s == pytest.approx(1 + 3 + 3 + 50)
 
@@ -86,8 +97,8 @@ def test_simulate_one_stage_is_the_exact_sum() -> None:
 
 def test_simulate_schedule_that_waits_for_itself_raises() -> None:
     backward_first = ((Action("backward", 0), Action("forward", 0)), (Action("forward", 0), Action("backward", 0)))
-    with pytest.raises(PlanError, match="waits for itself with 4 actions left"):
-        simulate(backward_first, [stage(), stage()], [0.0])
+    with pytest.raises(PlanError, match="can never finish"):
+        simulate(backward_first, [stage(), stage()], [Crossing(0.0)])
 
 
 @given(pipelines())
@@ -97,8 +108,8 @@ def test_simulate_equals_the_longest_path(pipeline: Pipeline) -> None:
 
 @given(pipelines(), st.data())
 def test_simulate_never_faster_when_anything_gets_slower(pipeline: Pipeline, data: st.DataObject) -> None:
-    schedule, stages, transfers = pipeline
+    schedule, stages, crossings = pipeline
     slower = [stage(*(getattr(s, f) + data.draw(times) for f in StageTime.__slots__)) for s in stages]
-    late = [wire + data.draw(times) for wire in transfers]
-    before = simulate(schedule, stages, transfers).step_time_s
+    late = [Crossing(c.seconds + data.draw(times), c.meets) for c in crossings]
+    before = simulate(schedule, stages, crossings).step_time_s
     assert simulate(schedule, slower, late).step_time_s >= before - 1e-9

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.cost import (
+    Crossing,
     estimate_layer,
     estimate_plan,
     estimate_relayout,
     estimate_transfer,
+    leaves_node,
     sample_flops,
     simulate,
     stream_arrays,
@@ -109,7 +111,7 @@ def test_plan_with_two_stages_is_the_simulated_schedule() -> None:
             )
         )
     transfer_s = estimate_transfer(stream.local_bytes(sizes, {}) / 4, case, boundary=0)
-    expected = simulate(build_schedule("1f1b", 2, 4), times, [transfer_s]).step_time_s
+    expected = simulate(build_schedule("1f1b", 2, 4), times, [Crossing(transfer_s, leaves_node(case, 0))]).step_time_s
     assert estimate_plan(two_stages(first, second), MODEL, HARDWARE).step_time_s == expected
 
 

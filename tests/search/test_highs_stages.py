@@ -1,9 +1,10 @@
 """The search against HiGHS with several stages: the schedule itself written down as an integer program.
 
 For each choice of boundaries: x[i, r] = 1 where layer i takes option r, y[i, a, b] = 1 where the layout changes from a
-to b before layer i inside a stage, L[s] the largest live layer of stage s (in budgets), e[s, n] when action n of slice
-s ends, T the step time. An action ends after the one before it on its slice, and after the message that it waits for,
-by its own duration, which is linear in x and y. Nothing of the search's own is used but the prices of the options.
+to b before layer i inside a stage, L[s] the largest live layer of stage s (in budgets), e[n] when event n ends, T the
+step time. An action ends after the event before it on its slice, and after the message that it waits for, by its own
+duration, which is linear in x and y; a message after its value is made, and between nodes after the events before it on
+both sides. Nothing of the search's own is used but the prices of the options.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[attr-defined]  # scipy has no stubs here
 from scipy.sparse import coo_matrix
 
-from galvatron_jax.cluster import parse_cluster
+from galvatron_jax.cluster import Cluster, parse_cluster
+from galvatron_jax.events import Compute, Transfer, global_order
 from galvatron_jax.plan import ScheduleName, Training
 from galvatron_jax.profile import LayerRun
-from galvatron_jax.schedule import Action, build_schedule, in_flight_microbatches
+from galvatron_jax.schedule import build_schedule, in_flight_microbatches
 from galvatron_jax.search._engine import Candidate, Engine
 from galvatron_jax.search._infeasible import least_peak_bytes
 from galvatron_jax.search._plan_building import outcome_plan, peak_bytes
@@ -68,8 +70,10 @@ def medium_problem(seed: int) -> tuple[Problem, Candidate]:
 class Program:
     """The integer program of one choice of boundaries."""
 
-    def __init__(self, prices: Prices, candidate: Candidate, cuts: tuple[int, ...], budget: float) -> None:
-        self.prices, self.candidate, self.cuts, self.budget = prices, candidate, cuts, budget
+    def __init__(
+        self, prices: Prices, candidate: Candidate, cluster: Cluster, cuts: tuple[int, ...], budget: float
+    ) -> None:
+        self.prices, self.candidate, self.cluster, self.cuts, self.budget = prices, candidate, cluster, cuts, budget
         self.size = 0
         self.whole: list[int] = []
         self.rows: list[tuple[Linear, float, float]] = []
@@ -158,19 +162,30 @@ class Program:
         """Write the schedule down; return the variable of the step time."""
         slices, end = self.candidate.slices, self.variable()
         schedule = build_schedule(self.candidate.schedule, slices, self.candidate.microbatches)
-        ends = [{action: self.variable() for action in actions} for actions in schedule]
-        for s, actions in enumerate(schedule):
-            for n, action in enumerate(actions):
-                backward = action.phase == "backward"
-                source = s + 1 if backward else s - 1
-                waits: list[tuple[int | None, float]] = [(ends[s][actions[n - 1]] if n else None, 0.0)]
-                if 0 <= source < slices:
-                    wire = float(self.prices.transfer_BJ[min(s, source), self.cuts[max(s, source)]])
-                    waits.append((ends[source][Action(action.phase, action.microbatch)], wire / self.unit_s))
-                for before, wait in waits:
-                    self._after(ends[s][action], before, durations[s][backward], wait)
-            self._after(end, ends[s][actions[-1]], durations[s][2], 0.0)
+        order = global_order(schedule, slices)
+        ends = {event: self.variable() for event in order}
+        last: list[int | None] = [None] * slices
+        for event in order:
+            if isinstance(event, Compute):
+                s, backward = event.stage, event.phase == "backward"
+                waits = [last[s], *(ends[t] for t in order if isinstance(t, Transfer) and t.taker == event)]
+                for before in waits:
+                    self._after(ends[event], before, durations[s][backward], 0.0)
+                last[s] = ends[event]
+                continue
+            wire = float(self.prices.transfer_BJ[event.boundary, self.cuts[event.boundary + 1]]) / self.unit_s
+            self._after(ends[event], ends[event.maker], defaultdict(float), wire)
+            if self._leaves_node(event.boundary):
+                for s in (event.source, event.target):
+                    self._after(ends[event], last[s], defaultdict(float), wire)
+                    last[s] = ends[event]
+        for s in range(slices):
+            self._after(end, last[s], durations[s][2], 0.0)
         return end
+
+    def _leaves_node(self, boundary: int) -> bool:
+        """Tell whether a boundary lies between two nodes: a message over it holds both sides."""
+        return (boundary + 1) * self.cluster.devices // self.candidate.slices % self.cluster.gpus_per_node == 0
 
     def _after(self, this: int, before: int | None, duration: Linear, wait: float) -> None:
         """``this`` comes at least ``wait + duration`` after ``before``."""
@@ -199,6 +214,6 @@ def test_search_of_several_stages_equals_highs(seed: int) -> None:
     assert prices is not None
     layers = problem.model.layer_count
     every = [(0, *inner, layers) for inner in itertools.combinations(range(1, layers), candidate.slices - 1)]
-    expected = min(Program(prices, candidate, cuts, budget).step_time_s() for cuts in every)
+    expected = min(Program(prices, candidate, problem.cluster, cuts, budget).step_time_s() for cuts in every)
     assert outcome.solution is not None
     assert outcome.solution.step_time_s == pytest.approx(expected, rel=SAME)

@@ -1,47 +1,68 @@
 from __future__ import annotations
 
 import random
+from typing import NamedTuple
 
 import pytest
 
-from galvatron_jax.cost import StageTime, simulate
-from galvatron_jax.schedule import build_schedule
+from galvatron_jax.cost import Crossing, StageTime, simulate
+from galvatron_jax.events import Event, global_order
+from galvatron_jax.schedule import Schedule, build_schedule
 from galvatron_jax.search._paths import Path, bottleneck_path, longest_path
 from galvatron_jax.search._stage import StageChoice
 
 
-def random_pipeline(seed: int) -> tuple[int, list[StageChoice], list[float]]:
+class Pipeline(NamedTuple):
+    schedule: Schedule
+    stages: list[StageChoice]
+    meets: list[bool]
+    """By slice."""
+    crossings: list[Crossing]
+
+    @property
+    def order(self) -> tuple[Event, ...]:
+        return global_order(self.schedule, len(self.stages))
+
+
+def random_pipeline(seed: int) -> Pipeline:
     draw = random.Random(seed)
-    stages = draw.randint(1, 5)
+    slices, groups = draw.randint(1, 5), draw.randint(1, 9)
+    name, chunks = draw.choice([("1f1b", 1), ("gpipe", 1), ("interleaved-1f1b", draw.randint(2, 3))])
+    if chunks > 1:
+        slices, groups = max(slices, 2), max(slices, 2) * min(groups, 3)
     choices = [
         StageChoice(draw.uniform(0.1, 3), draw.uniform(0.1, 5), draw.choice([0.0, draw.uniform(0, 9)]), ())
-        for _ in range(stages)
+        for _ in range(slices * chunks)
     ]
-    return draw.randint(1, 9), choices, [draw.choice([0.0, draw.uniform(0, 2)]) for _ in range(stages - 1)]
+    meets = [draw.random() < 0.7 for _ in range(slices)]
+    crossings = [Crossing(draw.choice([0.0, draw.uniform(0, 2)]), meets[k % slices]) for k in range(len(choices) - 1)]
+    return Pipeline(build_schedule(name, slices, groups, chunks), choices, meets, crossings)
 
 
-def length(path: Path, stages: list[StageChoice], transfer_s: list[float]) -> float:
-    crossing = sum(k * t for k, t in zip(path.crossings, transfer_s, strict=True))
+def length(path: Path, stages: list[StageChoice], crossings: list[Crossing]) -> float:
+    crossing = sum(k * c.seconds for k, c in zip(path.crossings, crossings, strict=True))
     return crossing + sum(stage.cost(weights) for stage, weights in zip(stages, path.weights, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(80))
 def test_longest_path_takes_the_simulated_time(seed: int) -> None:
-    microbatches, stages, transfer_s = random_pipeline(seed)
-    schedule = build_schedule("1f1b", len(stages), microbatches)
-    time_s, path = longest_path(schedule, stages, transfer_s)
+    pipeline = random_pipeline(seed)
+    schedule, stages, meets, crossings = pipeline
+    time_s, path = longest_path(pipeline.order, len(schedule), stages, crossings)
     times = [StageTime(forward_s=s.forward_s, backward_s=s.backward_s, step_end_s=s.step_end_s) for s in stages]
-    assert time_s == pytest.approx(simulate(schedule, times, transfer_s).step_time_s, rel=1e-12)
-    assert time_s == pytest.approx(length(path, stages, transfer_s), rel=1e-12)
+    assert time_s == pytest.approx(simulate(schedule, times, crossings).step_time_s, rel=1e-12)
+    assert time_s == pytest.approx(length(path, stages, crossings), rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(80))
 def test_every_path_bounds_every_pipeline_from_below(seed: int) -> None:
-    microbatches, stages, transfer_s = random_pipeline(seed)
-    schedule = build_schedule("1f1b", len(stages), microbatches)
-    time_s, _ = longest_path(schedule, stages, transfer_s)
+    pipeline = random_pipeline(seed)
+    schedule, stages, meets, crossings = pipeline
+    slices, chunks = len(meets), len(stages) // len(meets)
+    time_s, _ = longest_path(pipeline.order, slices, stages, crossings)
     draw = random.Random(seed)
     others = [StageChoice(draw.random(), draw.random(), draw.random(), ()) for _ in stages]
-    _, foreign = longest_path(schedule, others, [draw.random() for _ in transfer_s])
-    paths = [foreign] + [bottleneck_path(len(stages), microbatches, s) for s in range(len(stages))]
-    assert all(length(path, stages, transfer_s) <= time_s * (1 + 1e-12) for path in paths)
+    _, foreign = longest_path(pipeline.order, slices, others, [Crossing(draw.random(), c.meets) for c in crossings])
+    microbatches = len(schedule[0]) // 2 // chunks
+    paths = [foreign] + [bottleneck_path(microbatches, s, meets, chunks) for s in range(slices)]
+    assert all(length(path, stages, crossings) <= time_s * (1 + 1e-12) for path in paths)

@@ -21,13 +21,11 @@ from galvatron_jax.runtime._events import (
 )
 from galvatron_jax.schedule import Action, Schedule, build_schedule
 
-schedules = st.builds(
-    lambda name, slices, groups, chunks: (
-        build_schedule(name, slices, groups * (slices if chunks > 1 else 1), chunks),
-        slices * chunks,
-    ),
-    *(st.sampled_from(["gpipe", "1f1b"]), st.integers(1, 6), st.integers(1, 7), st.just(1)),
-) | st.builds(
+chains = st.builds(
+    lambda name, slices, microbatches: (build_schedule(name, slices, microbatches), slices),
+    *(st.sampled_from(["gpipe", "1f1b"]), st.integers(1, 6), st.integers(1, 7)),
+)
+schedules = chains | st.builds(
     lambda slices, groups, chunks: (
         build_schedule("interleaved-1f1b", slices, groups * slices, chunks),
         slices * chunks,
@@ -36,10 +34,10 @@ schedules = st.builds(
 )
 
 
-@given(schedules, st.lists(st.floats(0, 10), min_size=36, max_size=36))
-def test_every_schedule_at_any_stage_times_runs_to_its_end(case: tuple[Schedule, int], times: list[float]) -> None:
+@given(schedules)
+def test_every_schedule_runs_to_its_end(case: tuple[Schedule, int]) -> None:
     schedule, stages = case
-    events = global_order(schedule, stages, lambda k, phase: times[2 * k + (phase == "backward")])
+    events = global_order(schedule, stages)
     check_order(project(events, len(schedule)), stages)
     assert len(set(events)) == len(events)
     computes = [e for e in events if isinstance(e, Compute)]
@@ -57,8 +55,8 @@ def test_slices_keep_the_order_of_their_schedule(case: tuple[Schedule, int]) -> 
         assert [Action(c.phase, c.microbatch, c.stage // slices) for c in computes] == list(schedule[s])
 
 
-@given(schedules)
-def test_values_are_sent_before_the_next_compute_of_their_maker(case: tuple[Schedule, int]) -> None:
+@given(chains)
+def test_on_a_chain_values_are_sent_before_the_next_compute_of_their_maker(case: tuple[Schedule, int]) -> None:
     schedule, stages = case
     for sequence in project(global_order(schedule, stages), len(schedule)):
         for before, event in zip(sequence, sequence[1:], strict=False):
@@ -66,6 +64,17 @@ def test_values_are_sent_before_the_next_compute_of_their_maker(case: tuple[Sche
                 # Nothing was sent in between, so the first of them makes nothing that moves.
                 ends = {("forward", stages - 1), ("backward", 0)}
                 assert (before.phase, before.stage) in ends
+
+
+@given(chains)
+def test_a_chain_empties_its_end_first(case: tuple[Schedule, int]) -> None:
+    """A slice that has a value to send on and one to take sends first: else all wait for the last one in turn."""
+    schedule, stages = case
+    for sequence in project(global_order(schedule, stages), len(schedule)):
+        for before, event in zip(sequence, sequence[1:], strict=False):
+            if isinstance(before, Transfer) and isinstance(event, Transfer) and before.phase == event.phase:
+                assert before.boundary != event.boundary
+                assert (before.boundary > event.boundary) == (event.phase == "forward")
 
 
 def test_1f1b_of_two_stages_by_hand() -> None:
@@ -82,8 +91,8 @@ def test_1f1b_of_two_stages_by_hand() -> None:
             Transfer(0, 1, f, 1),
             Compute(1, b, 0),
             Transfer(1, 0, b, 0),
-            Compute(0, b, 0),
             Compute(1, f, 1),
+            Compute(0, b, 0),
             Compute(1, b, 1),
             Transfer(1, 0, b, 1),
             Compute(0, b, 1),
