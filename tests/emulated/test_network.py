@@ -75,8 +75,14 @@ def test_bytes_cross_at_the_rate_of_the_link(nodes: EmulatedCluster, factor: int
     result = nodes.run([sys.executable, "-c", SENDER.format(size=size)], limit_s=40)
     assert not result.failed, result
     seconds = float(result.nodes[0].log.split()[-1])
-    # headers take 3 to 6 %, the bucket's first 68 kB are free
-    assert seconds == pytest.approx(1.5, rel=0.15)
+    assert seconds == pytest.approx(1.5, rel=0.15)  # headers take 3 to 6 %
+
+
+@needs_nodes
+def test_message_that_follows_a_pause_is_not_free(nodes: EmulatedCluster) -> None:
+    result = nodes.run([sys.executable, "-c", SENDER.format(size=50_000)], limit_s=40)
+    assert not result.failed, result
+    assert float(result.nodes[0].log.split()[-1]) > 0.9 * 0.05  # its first 5 kB are
 
 
 @needs_nodes
