@@ -2,8 +2,11 @@
 
 from . import _rules as _rules  # registers the dimension rules
 from . import _rules_parts as _rules_parts
+from ._attention import KERNEL_DTYPES as KERNEL_DTYPES
 from ._attention import AttentionCall as AttentionCall
 from ._attention import attention_call as attention_call
+from ._attention import attention_kernel as attention_kernel
+from ._attention import has_cudnn as has_cudnn
 from ._batch import abstract_batch as abstract_batch
 from ._batch import disagreeing_samples as disagreeing_samples
 from ._batch import sample_count as sample_count

@@ -7,6 +7,7 @@ softmax; the flat program remembers it (``Program.calls``), and on GPUs the runt
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +26,13 @@ _ARRAYS = (
     "key_value_seq_lengths",
 )
 """Arguments of ``jax.nn.dot_product_attention`` that are arrays; the others are settings."""
+
+
+_KERNELS = {"gpu": "cudnn", "cuda": "cudnn"}
+"""Implementations that run in place of the XLA form, by platform."""
+
+KERNEL_DTYPES = ("bfloat16", "float16")
+"""What cuDNN's attention computes in."""
 
 
 class AttentionCall(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -85,3 +93,18 @@ def call_in_xla_form(original: Callable[..., Any], args: Sequence[Any], kwargs: 
 
     run.__name__ = call.name
     return jax.jit(run)(*arrays.values())
+
+
+def attention_kernel(platform: str) -> str | None:
+    """Return what runs attention that asks for cuDNN on devices of ``platform``; None: its XLA form."""
+    found = _KERNELS.get(platform)
+    # Compiled for GPUs that are not there: JAX wants to know the version of cuDNN even so.
+    return found if found != "cudnn" or jax.default_backend() == "gpu" or has_cudnn() else None
+
+
+def has_cudnn() -> bool:
+    """Tell whether the optional wheel of cuDNN is installed."""
+    try:
+        return importlib.util.find_spec("nvidia.cudnn") is not None
+    except ModuleNotFoundError:
+        return False

@@ -24,6 +24,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from ..errors import UnsupportedError
 from ..profile import BATCH
+from ._attention import KERNEL_DTYPES, attention_call
 from ._dimensions import Value, Walk, copy_dims
 from ._factors import Factors
 from ._flatten import Equation, Program, Variable, flatten, is_call
@@ -46,13 +47,14 @@ class LocalLayer:
     differentiated: tuple[int, ...]
 
 
-def local_layer(kind: AnalysedKind, samples: int, tp: int = 1) -> LocalLayer:
+def local_layer(kind: AnalysedKind, samples: int, tp: int = 1, *, kernel: str | None = None) -> LocalLayer:
     """Return what one device runs of a layer of ``kind``.
 
     Args:
         kind: The analysed kind, traced with more than one sample.
         samples: On the device.
         tp: Tensor-parallel degree; it divides the classes of the best candidate.
+        kernel: What runs attention that asks for cuDNN; None: its XLA form.
 
     Raises:
         UnsupportedError: when run, a primitive of the layer cannot run at these sizes.
@@ -65,7 +67,7 @@ def local_layer(kind: AnalysedKind, samples: int, tp: int = 1) -> LocalLayer:
         for factor, name in kind.names.items()
         if name == BATCH or name in shards
     }
-    local = _Local(factors, sizes)
+    local = _Local(factors, sizes, kernel)
     dtypes = {index: profile.parameters[p].compute_dtype for p, index in enumerate(layer.parameters)}
     inputs = tuple(
         jax.ShapeDtypeStruct(local.shape(value), dtypes.get(i, variable.aval.dtype))
@@ -85,6 +87,8 @@ class _Local:
     factors: Factors
     sizes: Mapping[int, int]
     """Size of each class; a factor that is not named keeps its size."""
+    kernel: str | None = None
+    """Implementation of attention that asks for cuDNN."""
 
     def shape(self, value: Value) -> Shape:
         """Return the shape of ``value`` at these sizes."""
@@ -109,7 +113,16 @@ class _Local:
         def read(atom: Variable | Literal) -> Any:
             return atom.val if isinstance(atom, Literal) else environment[atom]
 
+        kernels = {call.equations[0]: call for call in program.calls} if self.kernel else {}
+        by_kernel: set[Equation] = set()
         for equation in program.equations:
+            call = kernels.get(equation)
+            if call and self.kernel and read(call.inputs[0]).dtype in KERNEL_DTYPES:
+                attention = attention_call(call.name).run([read(v) for v in call.inputs], self.kernel)
+                environment.update(zip(call.outputs, [attention], strict=True))  # type: ignore[arg-type]
+                by_kernel.update(call.equations)
+            if equation in by_kernel:
+                continue
             described = [values.get(v) if isinstance(v, Variable) else None for v in equation.inputs]
             outputs = [values[v] for v in equation.outputs]
             results = self._equation(equation, [read(v) for v in equation.inputs], described, outputs)

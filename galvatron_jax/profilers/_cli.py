@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ._runner import Progress
 
 _INTERRUPTED = 130
+_ATTENTION = "of a preset: fused, cuDNN's kernel on GPUs, as plans count on it, or xla, scores in memory (%(default)s)"
 """Exit code of a command that Ctrl-C ended, by the shell's convention (128 + SIGINT)."""
 
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tp", type=_counts, default=(1, 2, 4, 8), metavar="N,N", help="tensor-parallel degrees, as shares (1,2,4,8)")
     add("--seq", type=_count, metavar="N", help="sequence length of a preset (its own)")
     add("--dtype", help="compute dtype of a preset (its own)")
+    add("--attention", choices=("fused", "xla"), default="fused", help=_ATTENTION)
     add("--budget-s", type=_positive, default=180.0, metavar="S", help="seconds to spend (%(default)s)")
     _add_common(model)
     _add_memory(commands.add_parser("memory", help="the layers of a model, compiled for GPUs that need not be there"))
@@ -137,7 +139,9 @@ def _model(options: argparse.Namespace) -> int:
 
     own = ":" in options.model
     name = options.model.rpartition(":")[2] if own else options.model.strip().lower()
-    model = own_model(options.model) if own else preset_model(name, seq=options.seq, dtype=options.dtype)
+    fused = options.attention == "fused"
+    preset = {"seq": options.seq, "dtype": options.dtype, "fused_attention": fused}
+    model = own_model(options.model) if own else preset_model(name, **preset)
     start_s = time.monotonic()
     result = measure_model(
         ModelOrder(

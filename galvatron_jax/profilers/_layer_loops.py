@@ -25,7 +25,14 @@ from ._timing import MeasurementError
 _MOST_ROWS = 2**31 - 1
 
 
-def pass_loop(kind: AnalysedKind, what: PassName, samples: int, tp: int, devices: Sequence[jax.Device]) -> Loop:
+def pass_loop(
+    kind: AnalysedKind,
+    what: PassName,
+    samples: int,
+    tp: int,
+    devices: Sequence[jax.Device],
+    kernel: str | None = None,
+) -> Loop:
     """Return a loop of one pass of a layer of ``kind``, a whole copy on each device.
 
     Args:
@@ -34,12 +41,13 @@ def pass_loop(kind: AnalysedKind, what: PassName, samples: int, tp: int, devices
         samples: On each device.
         tp: Tensor-parallel degree: each device runs this share of the layer.
         devices: All of them run it at the same time.
+        kernel: What runs attention that asks for cuDNN; None: its XLA form.
 
     Raises:
         UnsupportedError: the layer cannot run at these sizes.
         MeasurementError: it has no floating-point operand, or the devices have not enough memory.
     """
-    program = pass_program(local_layer(kind, samples, tp), what)
+    program = pass_program(local_layer(kind, samples, tp, kernel=kernel), what)
     arrays = [i for i, spec in enumerate(program.inputs) if not _is_key(spec)]
     fed = [place for place, i in enumerate(arrays) if _is_float(program.inputs[i])]
     if not fed:

@@ -39,6 +39,8 @@ def assemble_layers(
     model: ModelProfile,
     readings: Sequence[Reading],
     provenance: Provenance,
+    *,
+    fused_attention: bool = False,
 ) -> LayerAssembly:
     """Return ``model`` with what was measured of each kind.
 
@@ -46,6 +48,7 @@ def assemble_layers(
         model: As the analysis found it.
         readings: Of any part of the agenda.
         provenance: Where and when.
+        fused_attention: Attention ran by a kernel.
     """
     overheads = find_overheads({reading.subject: reading for reading in readings})
     unsteady = sorted((r for r in readings if r.spread > UNSTEADY_SPREAD), key=lambda r: -r.spread)
@@ -58,6 +61,7 @@ def assemble_layers(
         if tables:
             measured[kind.name] = Measured(
                 provenance=provenance,
+                fused_attention=fused_attention,
                 passes=tuple(tables),
                 interpolation_error=max(map(interpolation_error, tables)),
             )

@@ -11,7 +11,7 @@ import jax
 
 from .._document import load, save
 from .._user_model import UserModel
-from ..analysis import Analysis, analyse_model
+from ..analysis import Analysis, analyse_model, attention_kernel
 from ..cluster import Cluster
 from ..errors import DocumentNotFoundError, UnsupportedError
 from ..measured import MeasuredMemory
@@ -117,7 +117,12 @@ def measure_model(
         show=show,
     )
     outcome = runner.measure(layer_agenda(analysis.profile, order.samples, order.degrees), known)
-    assembly = assemble_layers(analysis.profile.with_memory(compiled), outcome.readings, provenance)
+    assembly = assemble_layers(
+        analysis.profile.with_memory(compiled),
+        outcome.readings,
+        provenance,
+        fused_attention=_kernel(analysis, devices) is not None,
+    )
     if first:
         save(assembly.profile, order.out)
         if not outcome.skipped:
@@ -133,10 +138,16 @@ def _loop(
     for what in PASSES:
         if subject.what == what:
             try:
-                return pass_loop(analysis.kinds[subject.layer], what, subject.size, subject.group, devices)
+                kind, kernel = analysis.kinds[subject.layer], _kernel(analysis, devices)
+                return pass_loop(kind, what, subject.size, subject.group, devices, kernel)
             except UnsupportedError as error:
                 raise MeasurementError(error.problem, action="skipped") from error
     return subject_loop(subject, readings, devices)
+
+
+def _kernel(analysis: Analysis, devices: Sequence[jax.Device]) -> str | None:
+    """What runs attention, as ``auto_shard`` would run it on these devices."""
+    return attention_kernel(devices[0].platform) if analysis.asks_for_kernels else None
 
 
 def _compiled_memory(fresh: ModelProfile, out: Path) -> dict[str, MeasuredMemory]:

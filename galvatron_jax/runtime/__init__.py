@@ -1,7 +1,6 @@
 """Runtime: a plan becomes shardings and compiled programs on the devices of a cluster."""
 
 from ._agreement import agree as agree
-from ._attention import has_cudnn as has_cudnn
 from ._events import Compute as Compute
 from ._events import Transfer as Transfer
 from ._guard import StepMetrics as StepMetrics

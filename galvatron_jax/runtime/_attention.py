@@ -7,7 +7,6 @@ else, where the devices are no GPUs, or where the operands are no 16-bit floats,
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,17 +14,12 @@ import jax
 from jax.extend.core import Literal
 from jax.sharding import NamedSharding
 
-from ..analysis import Call, Equation, Variable, attention_call
+from ..analysis import KERNEL_DTYPES, Call, Equation, Variable, attention_call, attention_kernel
 from ._border import Border
 from ._layout import LayerLayout
 
-_IMPLEMENTATIONS = {"gpu": "cudnn", "cuda": "cudnn"}
-"""What runs instead of the XLA form, by platform."""
-
 _HEADS = {"query": 2, "key": 2, "value": 2, "bias": 1, "mask": 1}
 """The dimension of the heads: ``[B, T, N, H]``, ``[B, N, T, S]``; lengths of sequences, ``[B]``, have none."""
-
-_DTYPES = ("bfloat16", "float16")
 
 
 class Attention:
@@ -34,7 +28,7 @@ class Attention:
     def __init__(self, layout: LayerLayout) -> None:
         """Find them."""
         self._layout, self._values = layout, layout.kind.layer.forward_values
-        self._implementation = _implementation(layout)
+        self._implementation = attention_kernel(layout.stage.mesh.devices.flat[0].platform)
         calls = layout.kind.layer.forward.calls if self._implementation else ()
         self._calls = {call.equations[0]: call for call in calls if self._is_legal(call)}
 
@@ -75,7 +69,7 @@ class Attention:
         if any(isinstance(v, Literal) for v in call.inputs):
             return False
         arrays = dict(zip(attention_call(call.name).arrays, map(_variable, call.inputs), strict=True))
-        if str(arrays["query"].aval.dtype) not in _DTYPES:
+        if str(arrays["query"].aval.dtype) not in KERNEL_DTYPES:
             return False
         if any(variable.aval.ndim != 4 for name, variable in arrays.items() if name in _HEADS):
             return False
@@ -92,21 +86,6 @@ class Attention:
         spec = self._place(variable).spec
         axes = [() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry) for entry in spec]
         return [self._layout.stage.size(names) for names in axes]
-
-
-def _implementation(layout: LayerLayout) -> str | None:
-    """Return what runs attention on the layout's devices; None: its XLA form."""
-    found = _IMPLEMENTATIONS.get(layout.stage.mesh.devices.flat[0].platform)
-    # Compiled for GPUs that are not there: JAX wants to know the version of cuDNN even so.
-    return found if found != "cudnn" or jax.default_backend() == "gpu" or has_cudnn() else None
-
-
-def has_cudnn() -> bool:
-    """Tell whether the optional wheel of cuDNN is installed."""
-    try:
-        return importlib.util.find_spec("nvidia.cudnn") is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _variable(atom: Any) -> Variable:

@@ -17,10 +17,10 @@ from typing import Any
 import msgspec
 from jax.experimental import topologies
 
-from ..analysis import analyse_model
+from ..analysis import analyse_model, has_cudnn
 from ..errors import GalvatronError
 from ..plan import Plan, check_plan
-from ..runtime import compiler_options, has_cudnn, stage_mesh
+from ..runtime import compiler_options, stage_mesh
 from ._compiler import Compiler
 from ._exchange import CompileAnswer, CompileRequest, Failure
 from ._plan_programs import compile_stages

@@ -12,11 +12,12 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from galvatron_jax.analysis import Analysis, LocalLayer, Variable, analyse_model, local_layer
+from galvatron_jax.analysis import Analysis, LocalLayer, Variable, _local, analyse_model, local_layer
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.errors import UnsupportedError
 from galvatron_jax.plan import Strategy
 from galvatron_jax.runtime import LayerLayout, stage_mesh
+from tests.support.attention_models import attention_model
 from tests.zoo import ZOO
 
 MODELS = ("llama", "gru", "moe one-hot", "moe ragged", "hybrid")
@@ -54,6 +55,20 @@ def test_fewer_samples_give_what_the_model_traced_with_them_gives(name: str) -> 
             # a mean over the batch has the number of samples written in it: a loss, the statistics of BatchNorm
             if got.ndim and jnp.issubdtype(got.dtype, jnp.inexact) and name != "hybrid":
                 np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("form", ["causal", "window"])
+def test_attention_by_a_kernel_gives_the_same(form: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX's XLA form stands in for cuDNN's kernel."""
+    monkeypatch.setattr(_local, "KERNEL_DTYPES", ("float32",))
+    model = attention_model(form, kv_heads=4)
+    analysis = analyse_model(model.build, model.loss, model.abstract_batch)
+    kind = next(kind for name, kind in analysis.kinds.items() if name.startswith("layers"))
+    plain, kernel = local_layer(kind, 2, tp), local_layer(kind, 2, tp, kernel="xla")
+    inputs = [filled(spec, seed) for seed, spec in enumerate(plain.inputs)]
+    for got, expected in zip(kernel.run(inputs), plain.run(inputs), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)

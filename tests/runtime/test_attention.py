@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from galvatron_jax.analysis._attention import _KERNELS
 from galvatron_jax.plan import Strategy
 from galvatron_jax.runtime import _attention
 from tests.runtime.planned import INVOLUNTARY, dp, hsdp, planned, tp, ulysses
@@ -52,8 +53,8 @@ CASES = {
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the XLA form, in any dtype, stand in for the kernel on CPU devices."""
-    monkeypatch.setitem(_attention._IMPLEMENTATIONS, "cpu", "xla")
-    monkeypatch.setattr(_attention, "_DTYPES", ("float32",))
+    monkeypatch.setitem(_KERNELS, "cpu", "xla")
+    monkeypatch.setattr(_attention, "KERNEL_DTYPES", ("float32",))
 
 
 @functools.cache

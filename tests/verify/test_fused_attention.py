@@ -6,10 +6,9 @@ from collections import defaultdict
 
 import pytest
 
-from galvatron_jax.analysis import analyse_model
+from galvatron_jax.analysis import analyse_model, has_cudnn
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
-from galvatron_jax.runtime import has_cudnn
 from galvatron_jax.verify import StageCheck, verify_plan
 from tests.verify.user_model import kernel_llama
 
