@@ -17,7 +17,7 @@ from ._batch import abstract_batch, sample_count
 from ._boundaries import Crossings, find_crossings
 from ._cut import Cut, Segment, cut_layers
 from ._dimensions import Value
-from ._flatten import Variable, flatten, holds_marks, is_plain_call_or_layers
+from ._flatten import Equation, Variable, flatten, holds_marks, is_plain_call_or_layers
 from ._flow import trained_values
 from ._kind import AnalysedKind, analyse_kind
 from ._marks import ATTENTION
@@ -51,12 +51,20 @@ class Analysis:
         return [dotted(path) for (path, _), old, new, is_float in changes if is_float and new is not old]
 
     @property
+    def calls_attention(self) -> bool:
+        """Tell whether the model calls ``jax.nn.dot_product_attention``."""
+        return bool(self._attention)
+
+    @property
     def asks_for_kernels(self) -> bool:
         """Tell whether every ``jax.nn.dot_product_attention`` of the model asks for cuDNN (and there is one)."""
+        calls = [call for kind in self.kinds.values() for call in kind.layer.forward.calls]
+        return bool(calls) and self._attention <= {equation for call in calls for equation in call.equations}
+
+    @functools.cached_property
+    def _attention(self) -> set[Equation]:
         programs = [kind.layer.forward for kind in self.kinds.values()]
-        asked = {equation for program in programs for call in program.calls for equation in call.equations}
-        marked = {e for program in programs for e in program.equations if ATTENTION in e.scope}
-        return bool(asked) and marked <= asked
+        return {equation for program in programs for equation in program.equations if ATTENTION in equation.scope}
 
     @functools.cached_property
     def mixed_samples(self) -> list[str]:

@@ -27,6 +27,12 @@ def analysis_lines(analysis: Analysis) -> list[Line]:
     return lines
 
 
+def _attention(analysis: Analysis) -> str:
+    if analysis.asks_for_kernels:
+        return "by cuDNN's kernel on GPUs, as it asks; memory below is that of its XLA form, scores included"
+    return 'with its scores in memory: not all calls ask for a kernel (implementation="cudnn")'
+
+
 # -------------------------------------------------------------------------------------------------------------- model
 def _header(analysis: Analysis) -> list[Line]:
     profile, cut = analysis.profile, analysis.cut
@@ -48,6 +54,8 @@ def _header(analysis: Analysis) -> list[Line]:
         lines.append(
             labelled("layers", "found as repeated module calls" if cut.by_name else "found as repeated equations")
         )
+    if analysis.calls_attention:
+        lines.append(labelled("attends", _attention(analysis)))
     random = sorted(set(analysis.trace.rows.roles) & {"key", "count"})
     if random:
         lines.append(labelled("random", "draws from keys in its state; each microbatch draws its own numbers"))

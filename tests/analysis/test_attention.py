@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from galvatron_jax.analysis import Analysis, AttentionCall, analyse_model, attention_call
+from galvatron_jax.analysis import Analysis, AttentionCall, analyse_model, analysis_lines, attention_call
 from galvatron_jax.analysis._attention import attention_name
 from tests.support.attention_models import HEADS, LAYERS, attention_model
 
@@ -29,6 +29,16 @@ def test_call_is_remembered_with_its_settings() -> None:
     assert attention_call(call.name) == asked
     assert len(call.inputs) == len(asked.arrays)
     assert [layer.count for layer in analysis.profile.layers] == [1, LAYERS, 1]
+
+
+@pytest.mark.parametrize(("kernel", "said"), [("cudnn", "by cuDNN's kernel on GPUs"), (None, "scores in memory")])
+def test_report_says_how_attention_runs(kernel: str | None, said: str) -> None:
+    lines = [
+        "".join(str(getattr(piece, "text", piece)) for piece in line)
+        for line in analysis_lines(analysis_of("causal", kernel))
+    ]
+    (line,) = [line for line in lines if "attends" in line]
+    assert said in line
 
 
 def test_other_calls_are_none() -> None:
