@@ -4,9 +4,7 @@
 
 * Dispatch: host time of one program call of a tiny model whose devices are idle, so that nothing is waited for; the
   median over all actions of some steps. Transfers between stages (``jax.device_put``) are counted apart.
-* Bubble: step times T(m) at a fixed microbatch size. A step of m microbatches takes m + bubble slots; the slope of T
-  gives the slot, what is left is the bubble, beside the schedule's own number. Every repetition takes all m in turn, so
-  that load from elsewhere hits all alike; medians are reported. Needs as many idle cores as stages.
+* Bubble: every stage a process on a core of its own (``pipeline_cpu_bubble``). Needs as many idle cores as stages.
 
 Writes ``pipeline_cpu_<date>.md`` and ``.json``.
 """
@@ -18,61 +16,22 @@ import datetime
 import json
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-STAGES, DEVICES = 2, 2
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    " --xla_cpu_multi_thread_eigen=false"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
 )
 
 import jax  # noqa: E402  # after the flags
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
-from flax import nnx  # noqa: E402
 
-from galvatron_jax.analysis import analyse_model  # noqa: E402
-from galvatron_jax.cluster import Cluster  # noqa: E402
-from galvatron_jax.models import Llama, LlamaConfig, next_token_loss  # noqa: E402
-from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference  # noqa: E402
-from galvatron_jax.runtime import PipelinePrograms  # noqa: E402
+from benchmarks.pipeline_cpu_bubble import COUNTS, REPETITIONS, SLICES, bubbles, programs_of  # noqa: E402
+from galvatron_jax.models import LlamaConfig  # noqa: E402
 from galvatron_jax.runtime._events import Compute  # noqa: E402
 from galvatron_jax.runtime._executor import Flight  # noqa: E402
-
-SCHEDULES = (("gpipe", 1), ("1f1b", 1), ("interleaved-1f1b", 2))
-COUNTS = (2, 4, 8)
-REPETITIONS = 7
-BUBBLES = {("gpipe", 1): STAGES - 1, ("1f1b", 1): STAGES - 1, ("interleaved-1f1b", 2): (STAGES - 1) / 2}
-"""In slots of one forward and one backward pass of a slice (Narayanan et al. 2021)."""
-
-
-def programs_of(config: LlamaConfig, samples: int, microbatches: int, schedule: Any, chunks: int) -> Any:
-    """Return (programs, placed batch) of an even pipeline of 1-device stages."""
-    tokens = np.random.default_rng(0).integers(0, config.vocab, (samples * microbatches, config.seq), dtype=np.int32)
-    batch = {"inputs": tokens, "targets": tokens}
-    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct((samples, *x.shape[1:]), x.dtype), batch)
-    analysis = analyse_model(lambda: Llama(config, rngs=nnx.Rngs(0)), next_token_loss, spec)
-    kinds = [segment.kind for segment in analysis.cut.segments]
-    cuts = [round(len(kinds) * k / (STAGES * chunks)) for k in range(STAGES * chunks + 1)]
-    plan = Plan(
-        model=model_reference(analysis.profile),
-        cluster=Cluster(nodes=1, gpus_per_node=DEVICES, gpu="cpu"),
-        global_batch=samples * microbatches,
-        microbatches=microbatches,
-        schedule=schedule,
-        chunks=chunks,
-        stages=tuple(
-            Stage(
-                devices=DEVICES // STAGES, runs=tuple(PlanRun(kind=k, count=1, strategy=Strategy()) for k in kinds[a:b])
-            )
-            for a, b in zip(cuts, cuts[1:], strict=False)
-        ),
-    )
-    programs = PipelinePrograms(analysis, plan, optax.sgd(1e-3), jax.devices())
-    return programs, programs.place_batch(jax.tree.leaves(batch))
 
 
 def dispatch_ms() -> dict[str, float]:
@@ -97,38 +56,6 @@ def dispatch_ms() -> dict[str, float]:
     return {kind: statistics.median(found) for kind, found in times.items()}
 
 
-def bubbles() -> list[dict[str, Any]]:
-    """Return measured and ideal bubbles of every schedule."""
-    config = LlamaConfig(vocab=64, embed=256, mlp=768, layers=6, heads=4, kv_heads=4, seq=128, dtype="float32")
-    rows = []
-    for name, chunks in SCHEDULES:
-        runs = {}
-        for m in COUNTS:
-            programs, batch = programs_of(config, 4, m, name, chunks)
-            states, _ = programs.train(programs.adopt(*programs.analysis.trace.model.build()), batch)
-            runs[m] = [programs, batch, states]
-        seconds: dict[int, list[float]] = {m: [] for m in COUNTS}
-        for _ in range(REPETITIONS):
-            for m, run in runs.items():
-                jax.block_until_ready(run[2])
-                start = time.perf_counter()
-                run[2], metrics = run[0].train(run[2], run[1])
-                jax.block_until_ready((run[2], metrics))
-                seconds[m].append(time.perf_counter() - start)
-        medians = {m: statistics.median(found) for m, found in seconds.items()}
-        slot, rest = np.polyfit(list(medians), list(medians.values()), 1)
-        rows.append(
-            {
-                "schedule": name,
-                "step_s": medians,
-                "slot_s": float(slot),
-                "bubble_slots": float(rest / slot),
-                "ideal_slots": BUBBLES[name, chunks],
-            }
-        )
-    return rows
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description="Cost of pipelined steps on CPU devices.")
@@ -143,8 +70,11 @@ def main() -> None:
         "cores": os.cpu_count(),
         "load_before": load,
         "dispatch_ms": dispatch_ms(),
-        "schedules": [] if options.dispatch_only else bubbles(),
+        "schedules": [],
     }
+    if not options.dispatch_only:
+        with tempfile.TemporaryDirectory() as logs:
+            result["schedules"] = bubbles(Path(logs))
     path = folder / f"pipeline_cpu_{result['date']}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text(page(result))
@@ -167,16 +97,28 @@ def page(result: dict[str, Any]) -> str:
         return "\n".join([*lines, "", "Bubbles: not measured in this run (`--dispatch-only`).", ""])
     lines += [
         "",
-        f"| schedule, {STAGES} slices | slot ms | bubble, slots | of the schedule | "
-        + " | ".join(f"m = {m}" for m in COUNTS)
-        + " |",
-        "|---|---|---|---|" + "---|" * len(COUNTS),
+        f"Bubbles, {SLICES} slices, each a process on a core of its own with one CPU device; in slots of one forward"
+        f" and one backward pass of a slice; medians of {REPETITIONS}.",
+        "",
+        "| schedule | bubble of the schedule | measured: intercept of T(m) | measured: waiting | slot ms | exchange"
+        " | " + " | ".join(f"T({m})" for m in COUNTS) + " | once |",
+        "|---|---|---|---|---|---|---|" + "---|" * len(COUNTS),
     ]
     for row in result["schedules"]:
-        found = [f"{1e3 * row['slot_s']:.1f}", f"{row['bubble_slots']:.2f}", f"{row['ideal_slots']:.1f}"]
-        steps = [f"{1e3 * row['step_s'][m]:.0f} ms" for m in COUNTS]
-        lines.append(f"| {' | '.join([row['schedule'], *found, *steps])} |")
-    return "\n".join(lines) + "\n\nThe measured bubble holds what a step does once: zeros, exchange, update.\n"
+        found = [f"{row['ideal_slots']:.1f}", f"{row['bubble_slots']:.2f}", f"{row['idle_slots']:.2f}"]
+        found += [f"{1e3 * row['slot_s']:.1f}", f"{100 * row['exchange_share']:.1f} %"]
+        steps = [f"{1e3 * row['passes_s'][str(m)]:.0f} ms" for m in COUNTS]
+        once = statistics.median(row["once_s"].values())
+        lines.append(f"| {' | '.join([row['schedule'], *found, *steps, f'{1e3 * once:.0f} ms'])} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "T(m): all passes of a step of m microbatches; once: exchange and update after them. Waiting: the time"
+            " outside a process's own passes, its part that does not grow with m.",
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":
