@@ -1,6 +1,7 @@
 """Overhead of the runtime's one-stage step against a hand-written one, and compile time against depth.
 
-python benchmarks/one_stage/run.py time      step time on 8 virtual CPU devices: paired, in turn, medians
+python benchmarks/one_stage/run.py time [N [FOURS]]  step time on 8 (or N) virtual CPU devices, in pairs (``paired.py``)
+python benchmarks/one_stage/run.py program   the same two programs as compiled: FLOP, bytes, kernels, collectives
 python benchmarks/one_stage/run.py memory    the same two programs compiled for 8 H100 without a GPU: bytes at the peak
 python benchmarks/one_stage/run.py depth     trace, lowering and compile time and program length for 8 to 128 layers
 python benchmarks/one_stage/run.py mixed     the same for 32 layers under several strategies, against one strategy
@@ -15,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -26,11 +28,13 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import msgspec  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 from hand_written import make_step  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
+from paired import paired_times  # noqa: E402
 
 from galvatron_jax.analysis import analyse_model  # noqa: E402
 from galvatron_jax.cluster import Cluster  # noqa: E402
@@ -67,11 +71,11 @@ def ours(
     kinds = [segment.kind for segment in analysis.cut.segments]
     plan = Plan(
         model=model_reference(analysis.profile),
-        cluster=Cluster(nodes=1, gpus_per_node=DEVICES, gpu="h100"),
+        cluster=Cluster(nodes=1, gpus_per_node=len(devices), gpu="h100"),
         global_batch=batch,
         stages=(
             Stage(
-                devices=DEVICES,
+                devices=len(devices),
                 runs=tuple(PlanRun(kind=k, count=1, strategy=s) for k, s in zip(kinds, strategies, strict=True)),
             ),
         ),
@@ -87,42 +91,56 @@ def hand(config: LlamaConfig, devices: Any, *, sharded: bool) -> Any:
     return make_step(config, mesh, optax.adamw(1e-3), sharded=sharded)
 
 
-def measure_time(pairs: int = 20) -> None:
-    """Time both steps in turn, and take the ratio pair by pair."""
-    rng, batch = np.random.default_rng(0), 16
+def measure_time(devices: str = str(DEVICES), fours: str = "25") -> None:
+    """Time both steps in turn: as many fours of steps of each plan; two samples on each device."""
+    count = int(devices)
+    rng, batch, some = np.random.default_rng(0), 2 * count, jax.devices()[:count]
     tokens = rng.integers(0, SMALL.vocab, (batch, SMALL.seq + 1), dtype=np.int32)
     for name, strategy in PLANS.items():
-        programs, _ = ours(SMALL, [strategy] * (SMALL.layers + 2), jax.devices()[:DEVICES], batch)
-        build = programs.model.share.analysis.trace.model.build
-        mine = programs.create(build)
+        everywhere = [msgspec.structs.replace(strategy, dp=count)] * (SMALL.layers + 2)
+        programs, _ = ours(SMALL, everywhere, some, batch)
+        mine = programs.create(programs.model.share.analysis.trace.model.build)
         fed = programs.place_batch([tokens[:, :-1], tokens[:, 1:]])
-        step, abstract, place = hand(SMALL, jax.devices()[:DEVICES], sharded=strategy.zero == 3)
+        step, abstract, place = hand(SMALL, some, sharded=strategy.zero == 3)
         theirs = jax.device_put(
             jax.tree.map(lambda x: np.asarray(0.02 * rng.normal(size=x.shape), x.dtype), abstract),
             jax.tree.map(lambda x: x.sharding, abstract),
         )
         given = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, place)
-        ratios, times = [], ([], [])
-        for pair in range(pairs + 3):
-            seconds = [0.0, 0.0]
-            for which in (0, 1) if pair % 2 else (1, 0):
-                start = time.perf_counter()
-                if which:
-                    theirs, loss = step(theirs, given)
-                    jax.block_until_ready((theirs, loss))
-                else:
-                    mine, metrics = programs.train(mine, fed)
-                    jax.block_until_ready((mine, metrics))
-                seconds[which] = time.perf_counter() - start
-            if pair >= 3:
-                ratios.append(seconds[0] / seconds[1])
-                times[0].append(seconds[0])
-                times[1].append(seconds[1])
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        report(
-            what="time", plan=name, pairs=pairs, ours_s=statistics.median(times[0]),
-            hand_written_s=statistics.median(times[1]), ratio_median=middle, ratio_quartiles=[low, high],
-        )  # fmt: skip
+        sides = [_steps(programs.train, mine, fed), _steps(step, theirs, given)]
+        found = paired_times(*sides, int(fours))
+        report(what="time (a: ours, b: hand-written)", plan=name, devices=count, **found)
+
+
+def _steps(train: Callable[..., Any], state: Any, batch: Any) -> Callable[[], None]:
+    """Return a function that takes the next step and waits for it."""
+    held = [state]
+
+    def step() -> None:
+        held[0], metrics = train(held[0], batch)
+        jax.block_until_ready((held[0], metrics))
+
+    return step
+
+
+def measure_program() -> None:
+    """Compile both for virtual CPU devices and count what is in them; nothing is timed."""
+    for name, strategy in PLANS.items():
+        programs, _ = ours(SMALL, [strategy] * (SMALL.layers + 2), jax.devices()[:DEVICES], 16)
+        shape = jax.ShapeDtypeStruct((16, SMALL.seq), jnp.int32)
+        step, abstract, _ = hand(SMALL, jax.devices()[:DEVICES], sharded=strategy.zero == 3)
+        lowered = {
+            "ours": cast(Any, programs.train).lower(programs.abstract_state, [shape, shape]),
+            "hand_written": step.lower(abstract, {"inputs": shape, "targets": shape}),
+        }
+        for who, program in lowered.items():
+            compiled = program.compile()
+            cost, names = compiled.cost_analysis(), re.findall(r" = (?:\([^=]*?\)|\S+) ([a-z-]+)\(", compiled.as_text())
+            kinds = ("all-gather", "all-reduce", "reduce-scatter", "fusion", "copy", "dot")
+            report(
+                what="program", plan=name, who=who, flops=cost["flops"], bytes_accessed=cost["bytes accessed"],
+                temp_bytes=compiled.memory_analysis().temp_size_in_bytes, **{kind: names.count(kind) for kind in kinds},
+            )  # fmt: skip
 
 
 def measure_memory() -> None:
@@ -176,7 +194,7 @@ def measure_mixed(gpu: str = "") -> None:
 
 
 def measure_compile(what: str, name: str, config: LlamaConfig, strategies: list[Strategy], devices: Any) -> None:
-    """Trace, lower and compile one train step; report seconds of processor time."""
+    """Trace, lower and compile one train step; report seconds of processor time, of compiling also on the wall."""
     programs, seconds = ours(config, strategies, devices, 16)
     shape = jax.ShapeDtypeStruct((16, config.seq), jnp.int32)
     train, state = cast(Any, programs.train), programs.abstract_state
@@ -184,9 +202,9 @@ def measure_compile(what: str, name: str, config: LlamaConfig, strategies: list[
     traced = train.trace(state, [shape, shape])
     seconds["trace_s"], start = time.process_time() - start, time.process_time()
     lowered = traced.lower()
-    seconds["lower_s"], start = time.process_time() - start, time.process_time()
+    seconds["lower_s"], start, began = time.process_time() - start, time.process_time(), time.perf_counter()
     compiled = lowered.compile()
-    seconds["compile_s"] = time.process_time() - start
+    seconds["compile_s"], seconds["compile_wall_s"] = time.process_time() - start, time.perf_counter() - began
     report(what=what, plan=name, layers=config.layers, **seconds, hlo_bytes=len(compiled.as_text() or ""))
 
 
@@ -212,7 +230,7 @@ def report(**found: Any) -> None:
 
 if __name__ == "__main__":
     measures: dict[str, Callable[..., None]] = {
-        "time": measure_time, "memory": measure_memory, "depth": measure_depth, "mixed": measure_mixed,
-        "dispatch": measure_dispatch,
+        "time": measure_time, "program": measure_program, "memory": measure_memory,
+        "depth": measure_depth, "mixed": measure_mixed, "dispatch": measure_dispatch,
     }  # fmt: skip
     measures[sys.argv[1]](*sys.argv[2:])

@@ -169,8 +169,9 @@ class _Weights:
 
 def _gather(weight: Any, dtype: str, stored: NamedSharding, used: NamedSharding) -> Any:
     """Cast, then gather."""
-    if str(weight.dtype) != dtype:
-        # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes.
+    if str(weight.dtype) != dtype or stored != used:
+        # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes. So does
+        # the row of a stack: else XLA gathers it with its leading dimension, and copies the stack and every row for it.
         weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
     return jax.lax.with_sharding_constraint(weight, used)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -49,6 +50,13 @@ def test_what_a_loop_computes_again_waits_for_the_cotangent_but_gathers_do_not(r
     waiting = [v.aval.ndim for v, one in zip(again.invars, barred, strict=True) if one]
     assert max(waiting, default=0) == (3 if waits else 0)  # the stream, not stacked weights
     assert len(waiting) < len(again.invars)
+
+
+def test_a_loop_gathers_the_rows_of_a_stack_as_they_are_used_not_as_they_are_stored() -> None:
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", looped("full").compiled_gradients())
+    matrices = [shape for shape in gathered if "," in shape]
+    assert matrices
+    assert not [shape for shape in matrices if shape.startswith("1,")]  # else stacks and rows are copied for it
 
 
 def kept_bytes(sharded: Planned) -> float:
