@@ -100,22 +100,25 @@ def page(result: dict[str, Any]) -> str:
         f"Bubbles, {SLICES} slices, each a process on a core of its own with one CPU device; in slots of one forward"
         f" and one backward pass of a slice; medians of {REPETITIONS}.",
         "",
-        "| schedule | bubble of the schedule | measured: intercept of T(m) | measured: waiting | slot ms | exchange"
+        "| schedule | bubble of the schedule | measured: intercept of T(m) | waiting | estimate | slot ms | exchange"
         " | " + " | ".join(f"T({m})" for m in COUNTS) + " | once |",
-        "|---|---|---|---|---|---|---|" + "---|" * len(COUNTS),
+        "|---|---|---|---|---|---|---|---|" + "---|" * len(COUNTS),
     ]
     for row in result["schedules"]:
         found = [f"{row['ideal_slots']:.1f}", f"{row['bubble_slots']:.2f}", f"{row['idle_slots']:.2f}"]
+        found += [f"{row['played_slots']:.2f}"]
         found += [f"{1e3 * row['slot_s']:.1f}", f"{100 * row['exchange_share']:.1f} %"]
-        steps = [f"{1e3 * row['passes_s'][str(m)]:.0f} ms" for m in COUNTS]
+        steps = [f"{1e3 * row['passes_s'][str(m)]:.0f} ({1e3 * row['played_s'][str(m)]:.0f}) ms" for m in COUNTS]
         once = statistics.median(row["once_s"].values())
         lines.append(f"| {' | '.join([row['schedule'], *found, *steps, f'{1e3 * once:.0f} ms'])} |")
     return "\n".join(
         [
             *lines,
             "",
-            "T(m): all passes of a step of m microbatches; once: exchange and update after them. Waiting: the time"
-            " outside a process's own passes, its part that does not grow with m.",
+            "T(m): all passes of a step of m microbatches, and in brackets what `cost.simulate` makes of the passes and"
+            " the shortest transfer as measured (its bubble: estimate). Waiting: the time outside a process's own"
+            " passes, its part that does not grow with m; exchange: the part that does. Once: exchange and update"
+            " after all passes.",
             "",
         ]
     )

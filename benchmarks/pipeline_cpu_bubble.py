@@ -10,15 +10,16 @@ has slope ``slot`` and intercept ``slot * bubble``. Independently: a process wai
 
     waiting(m) = bubble * slot + m * exchange
 
-by process, ``exchange`` being what a microbatch's transfers cost. All counts of microbatches are taken in turn, so that
-load from elsewhere hits all alike; medians over the repetitions of the slower process.
+by process, ``exchange`` being what a microbatch's transfers cost and what their rendezvous add. Third, the passes of
+each stage and the shortest transfer, as measured, are played by ``cost.simulate``: what the estimate says of this step.
+All counts of microbatches are taken in turn, so that load from elsewhere hits all alike; medians over the repetitions
+of the slower process.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -34,13 +35,15 @@ from jax.experimental import multihost_utils
 from galvatron_jax import distributed
 from galvatron_jax.analysis import analyse_model
 from galvatron_jax.cluster import Cluster
+from galvatron_jax.cost import Crossing, StageTime, simulate
 from galvatron_jax.models import Llama, LlamaConfig, next_token_loss
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
 from galvatron_jax.runtime import PipelinePrograms
 from galvatron_jax.runtime._events import Compute
 from galvatron_jax.runtime._executor import Flight
+from galvatron_jax.schedule import build_schedule
 
-SLICES = 2
+SLICES, PHASES = 2, ("forward", "backward")
 SCHEDULES = {("gpipe", 1): SLICES - 1, ("1f1b", 1): SLICES - 1, ("interleaved-1f1b", 2): (SLICES - 1) / 2}
 """(name, chunks) and its bubble in slots (Narayanan et al. 2021)."""
 COUNTS, SAMPLES, REPETITIONS = (2, 4, 8, 16), 4, 7
@@ -84,48 +87,66 @@ def measure() -> list[dict[str, Any]]:
             programs, batch = programs_of(MODEL, SAMPLES, m, name, chunks)
             states, _ = programs.train(programs.adopt(*programs.analysis.trace.model.build()), batch)
             runs[m] = [programs, batch, states]
-        seconds: dict[int, list[Any]] = {m: [] for m in COUNTS}
+        seconds: dict[int, Any] = {m: [] for m in COUNTS}
         for _ in range(REPETITIONS):
             for m, run in runs.items():
-                run[2], found = timed_step(*run)
-                seconds[m].append(multihost_utils.process_allgather(np.array(found)))
-        rows.append({"schedule": name, "ideal_slots": ideal, **summary(seconds)})
+                run[2], took = timed_step(*run)
+                seconds[m].append(multihost_utils.process_allgather(np.array(took)))
+        found = summary(name, chunks, {m: np.array(each) for m, each in seconds.items()})
+        rows.append({"schedule": name, "ideal_slots": ideal, **found})
     return rows
 
 
 def timed_step(programs: Any, batch: Any, states: Any) -> tuple[Any, list[float]]:
-    """Take a step; return the new states and the seconds of (all passes, own passes alone, what comes once)."""
-    executor, own = programs.executor, 0.0
+    """Take a step; return the new states, and seconds in this process.
+
+    Of all passes, of what comes once, of the shortest transfer; then of the forward and the backward pass of each
+    stage, all microbatches together (0 for stages of others).
+    """
+    executor = programs.executor
     flight = Flight(executor, states, batch)
+    passes, transfers = {(k, phase): 0.0 for k in range(len(programs.stages)) for phase in PHASES}, [float("inf")]
     multihost_utils.sync_global_devices("step")
     start = last = time.perf_counter()
     for event in flight.run(executor.training):  # each is waited for
-        now = time.perf_counter()
-        own += (now - last) * isinstance(event, Compute)
-        last = now
+        last, took = time.perf_counter(), time.perf_counter() - last
+        if isinstance(event, Compute):
+            passes[event.stage, event.phase] += took
+        else:
+            transfers.append(took)
     states, metrics = executor._finish(states, flight)
     jax.block_until_ready((states, metrics))
-    return states, [last - start, own, time.perf_counter() - last]
+    return states, [last - start, time.perf_counter() - last, min(transfers), *passes.values()]
 
 
-def summary(seconds: dict[int, list[Any]]) -> dict[str, Any]:
-    """Return slot, bubble by both readings, and medians; ``seconds`` are arrays [process, 3] by m and repetition."""
-    steps = {m: statistics.median(float(s[:, 0].max()) for s in found) for m, found in seconds.items()}
-    own = {m: [statistics.median(float(s[k, 1]) for s in found) for k in range(SLICES)] for m, found in seconds.items()}
-    waiting = {m: steps[m] - statistics.mean(own[m]) for m in steps}
-    slot, rest = np.polyfit(list(steps), list(steps.values()), 1)
-    exchange, idle = np.polyfit(list(steps), list(waiting.values()), 1)
-    last = max(COUNTS)
+def summary(name: Any, chunks: int, seconds: dict[int, Any]) -> dict[str, Any]:
+    """Return slot and bubble by all readings; ``seconds`` are arrays [repetition, process, number] by m."""
+    middle = {m: np.median(found, axis=0) for m, found in seconds.items()}
+    steps = {m: float(np.median(found[:, :, 0].max(axis=1))) for m, found in seconds.items()}
+    played = {m: _played(name, chunks, m, found) for m, found in middle.items()}
+    waiting = [steps[m] - float(found[:, 3:].sum(axis=1).mean()) for m, found in middle.items()]
+    (slot, rest), (exchange, idle) = np.polyfit(COUNTS, list(steps.values()), 1), np.polyfit(COUNTS, waiting, 1)
+    slot_played, rest_played = np.polyfit(COUNTS, list(played.values()), 1)
     return {
         "passes_s": steps,
-        "own_passes_s": own,
-        "once_s": {m: statistics.median(float(s[:, 2].max()) for s in found) for m, found in seconds.items()},
+        "played_s": played,
+        "stages_s": {m: (found[:, 3:].sum(axis=0) / m).tolist() for m, found in middle.items()},
+        "transfer_s": {m: float(found[:, 2].min()) for m, found in middle.items()},
+        "once_s": {m: float(found[:, 1].max()) for m, found in middle.items()},
         "slot_s": float(slot),
         "bubble_slots": float(rest / slot),
         "idle_slots": float(idle / slot),
+        "played_slots": float(rest_played / slot_played),
         "exchange_share": float(exchange / slot),
-        "stage_slots": [o / last / float(slot) for o in own[last]],
     }
+
+
+def _played(name: Any, chunks: int, m: int, found: Any) -> float:
+    """Return the seconds of all passes as the estimate plays them, from the passes measured (see ``timed_step``)."""
+    each = (found[:, 3:].sum(axis=0) / m).reshape(-1, len(PHASES))
+    stages = [StageTime(forward_s=float(f), backward_s=float(b), step_end_s=0.0) for f, b in each]
+    crossings = [Crossing(float(found[:, 2].min()))] * (len(stages) - 1)
+    return simulate(build_schedule(name, SLICES, m, chunks), stages, crossings).step_time_s
 
 
 def main(path: Path) -> None:
