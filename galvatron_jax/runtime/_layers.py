@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Self
 
-import jax
 from jax.sharding import NamedSharding
 
 from ..analysis import Variable
@@ -16,6 +15,7 @@ from ._cycles import Cycle, fold_runs
 from ._layout import LayerLayout, Role
 from ._mesh import Axes, StageMesh
 from ._runs import Run, find_runs, private_parameters
+from ._scatter import reduce_sums, reduced_shardings, united
 from ._segment import Reduction, SegmentFunction, build_segment
 from ._share import StageShare, program_leaves
 from ._slots import Slot, make_slots
@@ -89,14 +89,18 @@ class StageLayers:
     def reduce(self, sums: Sequence[Any]) -> list[Any]:
         """Return gradients of the stored arrays from gradients of ``spread`` ones: the reduction over the ranks.
 
-        They are put where the optimizer is, so that zero 1 scatters what it reduces.
+        They are put where the optimizer is, so that zero 1 scatters what it reduces; but see ``united``.
         """
-        reduced = [
-            slot.by_row(copies.sum(array, slot.leaf_sharding("optimizer"), lead=len(slot.lead))) if copies else array
-            for slot, array, copies in zip(self.slots, sums, self._slot_copies, strict=True)
-        ]
-        placed: list[Any] = jax.lax.with_sharding_constraint(reduced, self.parameter_shardings("optimizer"))
-        return placed
+        return reduce_sums(self.slots, sums, self._slot_copies)
+
+    @property
+    def reduced_shardings(self) -> list[NamedSharding]:
+        """Where ``reduce`` leaves gradients."""
+        return reduced_shardings(self.slots, self._slot_copies)
+
+    def united(self, reduced: Sequence[Any]) -> list[Any]:
+        """Return what ``reduce`` leaves as equal copies as one array each, where the optimizer is."""
+        return united(self.slots, reduced, self._slot_copies)
 
     @functools.cached_property
     def spread_shardings(self) -> list[NamedSharding]:

@@ -21,6 +21,7 @@ from ._model import StageModel
 from ._options import compiler_options
 from ._residuals import Residuals, sort_residuals
 from ._slots import abstract_stored
+from ._sums import GradientSums
 
 Arrays = list[Any]
 
@@ -113,11 +114,20 @@ class StagePasses:
         return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for leaf, place in pairs]
 
     def reduce(self, sums: Arrays) -> Arrays:
-        """Return gradients where the optimizer is, from sums over microbatches: the reduction of the step."""
+        """Return the reduced gradients, placed as ``reduced_places`` says, from sums over microbatches."""
         if self._is_spread:
             return self.model.reduce(sums)
-        placed: Arrays = jax.lax.with_sharding_constraint(sums, self.model.parameter_shardings("optimizer"))
+        placed: Arrays = jax.lax.with_sharding_constraint(sums, self.reduced_places)
         return placed
+
+    @property
+    def reduced_places(self) -> list[NamedSharding]:
+        """Where reduced gradients live."""
+        return self.model.reduced_shardings if self._is_spread else self.model.parameter_shardings("optimizer")
+
+    def united(self, reduced: Arrays) -> Arrays:
+        """Return one array, where the optimizer is, for each that ``reduce`` left as equal copies."""
+        return self.model.united(reduced) if self._is_spread else reduced
 
     # ------------------------------------------------------------------------------------------------ traced functions
     def _forward(
@@ -133,9 +143,10 @@ class StagePasses:
     ) -> tuple[Arrays, Arrays]:
         leaves = self._traced.residuals.restore([*parameters, *batch, microbatch], kept.held, kept.residuals)
         pullback = jax.tree.unflatten(self._traced.pullback, leaves)
-        gradients, arriving = pullback((cotangents, jnp.ones((), jnp.float32)))
-        gradients = jax.lax.with_sharding_constraint(gradients, self._sum_places)
-        return [total + gradient for total, gradient in zip(sums, gradients, strict=True)], arriving
+        added = GradientSums(sums, self._sum_places, self._sums_in_place)
+        cotangent = cotangents, jnp.ones((), jnp.float32)
+        carried, arriving = added.add(added.start, pullback, cotangent, arriving=len(self._flows))
+        return added.finish(carried), arriving
 
     @functools.cached_property
     def _traced(self) -> _Traced:
@@ -190,6 +201,10 @@ class StagePasses:
     @property
     def _sum_places(self) -> list[NamedSharding]:
         return self.model.sum_shardings if self._is_spread else self.model.parameter_shardings("gradient")
+
+    @property
+    def _sums_in_place(self) -> list[bool]:
+        return self.model.sums_in_place if self._is_spread else [False] * len(self.model.slots)
 
     @property
     def _parameters(self) -> list[jax.ShapeDtypeStruct]:

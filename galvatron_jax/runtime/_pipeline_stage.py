@@ -23,6 +23,7 @@ from ._guard import StepMetrics, guarded
 from ._model import StageModel
 from ._options import compiler_options
 from ._passes import StagePasses
+from ._regather import regather
 from ._slots import Leaves, Slot, to_stored, to_user
 from ._stage_optimizer import Inputs, OptimizerState, StageOptimizer
 from ._wiring import Tie
@@ -143,9 +144,9 @@ class PipelineStage:
     # ------------------------------------------------------------------------------------------------ once per step
     @functools.cached_property
     def gradients(self) -> Callable[..., Gradients]:
-        """The compiled end of the passes: (loss sum, gradient sums...) to means, where the optimizer is.
+        """The compiled end of the passes: (loss sum, gradient sums...) to means.
 
-        Sums that stay as they are are donated.
+        Sums that stay where they are are donated.
         """
         count, sums, places = self.passes.microbatches, self.passes.sums, self.gradient_places
         reduced = jax.eval_shape(self.passes.reduce, sums)
@@ -159,8 +160,8 @@ class PipelineStage:
 
     @functools.cached_property
     def gradient_places(self) -> list[NamedSharding]:
-        """Where the mean gradient of each slot is: at the optimizer, or where the stage that updates it wants it."""
-        places = list(self.model.parameter_shardings("optimizer"))
+        """Where the mean gradient of each slot is: as it was reduced, or where the stage that updates it wants it."""
+        places = list(self.passes.reduced_places)
         for slot, place in self.mirrored_places.items():
             places[slot] = place
         return places
@@ -197,13 +198,14 @@ class PipelineStage:
         inputs = self._inputs(gradients, tied, weights, state.optimizer)
         weights, optimizer, metrics = self.optimizer.update(inputs, known(vectors))
         weights = jax.lax.with_sharding_constraint(weights, places)
-        model_state = guarded(metrics.finite, new, state.model_state)
         sent = [weights[tie.owner_slot] for tie in self.owned_ties]
+        weights = regather(self.model.slots, weights, state.parameters)
+        model_state = guarded(metrics.finite, new, state.model_state)
         return StageState(weights, optimizer, model_state, state.step + 1), metrics, sent
 
     def _inputs(self, gradients: Gradients, tied: Arrays, parameters: Arrays, optimizer: OptimizerState) -> Inputs:
         """Add what the stages that mirror a parameter found, in the order of stages."""
-        sums = list(gradients.slots)
+        sums = self.passes.united(list(gradients.slots))
         for tie, gradient in zip(self.owned_ties, tied, strict=True):
             sums[tie.owner_slot] = sums[tie.owner_slot] + gradient
         return Inputs(sums, parameters, optimizer, gradients.loss if self.optimizer.makes_loss else None)

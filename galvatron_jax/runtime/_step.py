@@ -190,7 +190,7 @@ class StagePrograms:
             (loss, model_state), gradients = grad(state.parameters, state.model_state, batch)
             return loss, self._constrain(gradients, "optimizer"), model_state
         copied, parameters = self.model.copied, self.model.spread(state.parameters)
-        sums = GradientSums(parameters, self.model.sum_shardings, self.model.sums_in_place)
+        sums = GradientSums.zero(parameters, self.model.sum_shardings, self.model.sums_in_place)
 
         def accumulate(carry: tuple[Any, Any, Any], index: Any, microbatch: list[Any]) -> tuple[Any, Any, Any]:
             losses, carried, model_state = carry
@@ -201,11 +201,13 @@ class StagePrograms:
             loss, pullback, model_state = jax.vjp(
                 lambda p: self._loss(p, model_state, microbatch, model=copied), held, has_aux=True
             )
-            return losses.at[index].set(loss), sums.add(carried, pullback, jnp.ones_like(loss)), model_state
+            carried, _ = sums.add(carried, pullback, jnp.ones_like(loss))
+            return losses.at[index].set(loss), carried, model_state
 
         start = (jnp.zeros(self.microbatches, jnp.float32), sums.start, state.model_state)
         losses, carried, model_state = fold_microbatches(accumulate, start, batch, self.microbatches)
-        mean = [array / self.microbatches for array in self.model.reduce(sums.finish(carried))]
+        reduced = self.model.united(self.model.reduce(sums.finish(carried)))
+        mean = [array / self.microbatches for array in reduced]
         return jnp.mean(losses), mean, model_state
 
     def _mean_loss(self, state: TrainState, batch: list[Any]) -> jax.Array:
