@@ -50,6 +50,16 @@ def llama_7b() -> Subject:
     return _llama(LlamaConfig(vocab=32_000, embed=4096, mlp=11_008, layers=32, heads=32, kv_heads=32, seq=2048))
 
 
+def llama_13b_ten_layers() -> Subject:
+    """Ten blocks of Llama-2-13B with its embedding and head, 2048 positions."""
+    return _llama(LlamaConfig(vocab=32_000, embed=5120, mlp=13_824, layers=10, heads=40, kv_heads=40, seq=2048))
+
+
+def llama_8b_six_layers() -> Subject:
+    """Six blocks of Llama-3-8B (8 kv heads for 32 heads) with its large vocabulary, 2048 positions."""
+    return _llama(LlamaConfig(vocab=128_256, embed=4096, mlp=14_336, layers=6, heads=32, kv_heads=8, seq=2048))
+
+
 def gpt2_large_six_layers() -> Subject:
     """Six blocks of GPT-2 large: layer norms, biases, GELU, learned positions, a tied head, 1024 positions."""
     ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)

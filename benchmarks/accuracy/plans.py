@@ -61,6 +61,7 @@ def case(
 
 _7B, _70B, _100M = "llama_7b_four_layers", "llama_70b_three_layers", "llama_100m"
 _GPT2, _BERT, _VIT = "gpt2_large_six_layers", "bert_large_eight_layers", "vit_huge_six_layers"
+_13B, _8B = "llama_13b_ten_layers", "llama_8b_six_layers"
 S = Strategy
 
 CASES: dict[str, Case] = {
@@ -81,7 +82,7 @@ CASES: dict[str, Case] = {
     "7B, tp 4, zero 2, 2 microbatches": case(_7B, 16, S(tp=4, dp=4, zero=2), m=2),
     "7B, tp 2, zero 3, remat": case(_7B, 32, S(tp=2, dp=8, zero=3, remat="full")),
     "7B, fsdp without and with remat": case(_7B, 32, S(dp=16, zero=3), S(dp=16, zero=3, remat="full")),
-    "7B, tp 2 then fsdp": case(_7B, 32, S(tp=2, sp=True, dp=8, zero=3), S(dp=16, zero=3)),
+    "7B, tp 2 then fsdp": case(_7B, 32, S(tp=2, sp=True, dp=8, zero=3), S(dp=16, zero=3), fitted=True),
     "7B whole, fsdp, remat": case("llama_7b", 64, S(dp=16, zero=3, remat="full"), m=2),
     "7B whole, fsdp": case("llama_7b", 32, S(dp=16, zero=3)),
     "7B whole, tp 8, sp, zero 1, remat": case("llama_7b", 32, S(tp=8, sp=True, dp=2, zero=1, remat="full"), m=2),
@@ -112,6 +113,16 @@ CASES: dict[str, Case] = {
     "ViT, dp, remat": case(_VIT, 512, S(dp=16, remat="full")),
     "ViT, zero 3": case(_VIT, 256, S(dp=16, zero=3)),
     "ViT, tp 2, zero 1": case(_VIT, 256, S(tp=2, dp=8, zero=1), edges=S(dp=16, zero=1)),
+    "7B whole, zero 1, remat, 4 microbatches": case("llama_7b", 64, S(dp=16, zero=1, remat="full"), m=4, fitted=True),
+    "13B, fsdp, remat": case(_13B, 32, S(dp=16, zero=3, remat="full")),
+    "13B, tp 4, sp, zero 1, 4 microbatches": case(_13B, 32, S(tp=4, sp=True, dp=4, zero=1), m=4),
+    "13B, dp, remat, 2 microbatches": case(_13B, 32, S(dp=16, remat="full"), m=2),
+    "8B, tp 8, sp, zero 3, remat": case(_8B, 8, S(tp=8, sp=True, dp=2, zero=3, remat="full")),
+    "8B, zero 2, dots, 2 microbatches": case(_8B, 32, S(dp=16, zero=2, remat="dots"), m=2),
+    "8B, fsdp, then tp 4, sp": case(_8B, 32, S(dp=16, zero=3), S(tp=4, sp=True, dp=4, zero=3)),
+    "ViT, zero 3, none, dots, full": case(
+        _VIT, 256, S(dp=16, zero=3), S(dp=16, zero=3, remat="dots"), S(dp=16, zero=3, remat="full")
+    ),
 }
 
 
@@ -121,15 +132,23 @@ def piped(found: Case, slices: int, schedule: ScheduleName = "1f1b", chunks: int
 
 
 PIPELINES: dict[str, Case] = {
-    "7B, pp 2, zero 1, remat": piped(case(_7B, 64, S(dp=8, zero=1, remat="full"), m=4), 2),
+    "7B, pp 2, zero 1, remat": piped(case(_7B, 64, S(dp=8, zero=1, remat="full"), m=4, fitted=True), 2),
     "7B, pp 2, tp 4, sp, zero 1": piped(case(_7B, 16, S(tp=4, sp=True, dp=2, zero=1), m=4), 2),
     "7B, pp 4, fsdp, gpipe": piped(case(_7B, 64, S(dp=4, zero=3, remat="full"), m=4), 4, "gpipe"),
     "70B, pp 2, tp 8, sp": piped(case(_70B, 8, S(tp=8, sp=True, dp=1), m=4), 2),
     "100M, pp 2, dp, interleaved": piped(case(_100M, 256, S(dp=8), m=4), 2, "interleaved-1f1b", 2),
     "GPT-2, pp 2, zero 2, dots": piped(case(_GPT2, 128, S(dp=8, zero=2, remat="dots"), m=4), 2),
-    "BERT, pp 4, zero 1": piped(case(_BERT, 256, S(dp=4, zero=1), m=4), 4),
+    "BERT, pp 4, zero 1": piped(case(_BERT, 256, S(dp=4, zero=1), m=4, fitted=True), 4),
+    "7B whole, pp 2, dp, remat": piped(case("llama_7b", 64, S(dp=8, remat="full"), m=4, fitted=True), 2),
+    "7B whole, pp 2, zero 1, remat": piped(case("llama_7b", 64, S(dp=8, zero=1, remat="full"), m=4, fitted=True), 2),
+    "7B whole, pp 2, fsdp, remat": piped(case("llama_7b", 64, S(dp=8, zero=3, remat="full"), m=4), 2),
+    "7B whole, pp 4, tp 4, sp": piped(case("llama_7b", 8, S(tp=4, sp=True, dp=1), m=4), 4),
+    "13B, pp 2, zero 2, remat": piped(case(_13B, 64, S(dp=8, zero=2, remat="full"), m=4), 2),
+    "13B, pp 4, zero 1": piped(case(_13B, 16, S(dp=4, zero=1), m=4), 4),
+    "8B, pp 2, tp 4, sp, zero 1, remat": piped(case(_8B, 16, S(tp=4, sp=True, dp=2, zero=1, remat="full"), m=4), 2),
+    "ViT, pp 4, zero 1, gpipe": piped(case(_VIT, 256, S(dp=4, zero=1), m=4), 4, "gpipe"),
 }
-"""Plans of several stages; none was read while the formulas were written."""
+"""Plans of several stages."""
 
 
 @functools.cache

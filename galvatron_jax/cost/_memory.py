@@ -159,12 +159,13 @@ def layer_memory(
     )
     stacks = _STACKS if accumulates and zero >= 2 and local.repeated and not pipelined else 1
     waiting = live.waiting if live and not pipelined else 0.0
+    read = local.kept[remat] if waiting and strategy.tp > 1 else 0.0
     return {
         "parameters": held(zero >= 3).stored,
         "gradients": gradient * stacks if lasts else 0.0,
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
-        "residuals": local.stream_input + local.kept[remat] + waiting,
-        "live": max(0.0, temporaries - waiting)
+        "residuals": local.stream_input + local.kept[remat] - read + waiting,
+        "live": max(0.0, temporaries + read - waiting)
         + local.gathered
         + weights.replicated.computed
         + (0.0 if lasts else gradient),

@@ -51,6 +51,7 @@ EVERY_CASE = {
     ),
     "one microbatch": Case("s4 t4 t2 | d.3 d.3 d.3", microbatches=1),
     "loops in stages": Case("d.3 d.3 d.3 d.3 | d.3 t2", microbatches=4, optimizer="adamw"),
+    "loop without zero": Case("d d d d | t2 d", microbatches=4),
     "tied embedding": Case("d.3 t2 d | t2.1 d t4", model="llama, tied"),
     "tied embedding, four stages": Case(
         "t2 | d d | s2 d | d.3", model="llama, tied", optimizer="adamw", microbatches=8

@@ -6,7 +6,7 @@ The measure is the analysis of the layers (counted for the search, and held agai
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -48,6 +48,31 @@ def test_backward_runs_no_product_again_and_keeps_what_the_analysis_counts(stage
         kept_bytes += array_bytes(jax.tree.leaves(kept))
     # Beside its residuals each layer keeps the stream that it takes; the embedding takes tokens, which stay anyway.
     assert kept_bytes == counted_bytes + 5 * WIDTH_BYTES
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_backward_adds_gradients_of_a_loop_to_the_sums_and_makes_no_stack_of_them(zero: int) -> None:
+    programs = programs_of(Case(f"d d.{zero} d.{zero} d.{zero} | t2 d", microbatches=4))
+    stage = programs.stages[0]
+    _, backward, _ = traced(stage.passes)
+    made = {v.aval.shape for eqn in scans(backward.jaxpr) for v in eqn.outvars[eqn.params["num_carry"] :]}
+    sums = zip(stage.passes.sums, stage.model.slots, strict=True)
+    stacks = {array.shape for array, slot in sums if slot.is_stacked}
+    assert stacks
+    assert not made & stacks
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_gradients_of_a_loop_are_reduced_layer_by_layer(zero: int) -> None:
+    """All stacks but the one that is made are arguments; what is reduced is a row."""
+    programs = programs_of(Case(f"d d.{zero} d.{zero} d.{zero} | t2 d", microbatches=4))
+    stage = programs.stages[0]
+    jaxpr = jax.make_jaxpr(stage.passes.reduce)(list(stage.passes.sums)).jaxpr
+    stacks = [array for array, slot in zip(stage.passes.sums, stage.model.slots, strict=True) if slot.is_stacked]
+    reduced = [eqn.invars[0].aval.shape for eqn in equations(jaxpr) if eqn.primitive.name == "reduce_sum"]
+    assert stacks
+    assert not {array.shape for array in stacks} & set(reduced)
+    assert {array.shape[1:] for array in stacks} <= set(reduced)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +118,18 @@ def traced(passes: StagePasses) -> tuple[Any, Any, Any]:
     kept = passes.kept(residuals, passes._state, arriving)
     cotangents = [value for value, crossing in zip(leaving, share.leaving, strict=True) if crossing.gradient]
     return forward, jax.make_jaxpr(passes._backward)(*inputs, kept, cotangents, passes.sums), kept
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yield every equation, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+def scans(jaxpr: Any) -> Iterator[Any]:
+    return (eqn for eqn in equations(jaxpr) if eqn.primitive.name == "scan")
 
 
 def is_run_again(dot: Any) -> bool:
