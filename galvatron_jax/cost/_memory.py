@@ -14,7 +14,8 @@ zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 
 Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there twice: the sums, and the stack
 that a microbatch's backward loop makes. Under zero 0 and 1 they are added up in place (runtime/_sums.py), and a layer
-outside the loop makes no stack. In a pipeline only the sums count: they are what lies between its programs.
+outside the loop makes no stack. The end of a step reduces them layer by layer (runtime/_scatter.py), so that it needs
+no more than the passes did. The programs of a pipeline do all this alike (docs/design/0084).
 
 Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
 loop, which is the fuller moment.
@@ -22,7 +23,9 @@ loop, which is the fuller moment.
 Residuals (per in-flight microbatch): the stream input; without remat all that forward keeps for backward, under remat
 ``dots`` the results of products with weights; of a layer that stands alone also what its weights' gradients wait for
 (``profile.Live.waiting``: cotangents of logits stay until the loops before are done; not of the embedding, with which
-the backward pass ends, and not in a pipeline, where nothing lies between programs but residuals).
+the backward pass ends, and not in a pipeline, where nothing lies between programs but residuals). Where tensor
+parallelism shards the vocabulary, the collectives of the loss hurry it: what was kept for it (the logits) is gone when
+the cotangent waits, so there it counts at the head's own moment, as live, and no longer.
 
 Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
 
@@ -43,6 +46,10 @@ context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
 
 States, residuals and the live part are added although they do not peak at one instant: gradients grow while residuals
 go. Programs that scan over layers allocate both for the whole backward pass, so the sum is what they need.
+
+Limit: every layer is priced as one of a loop. A run of one or two layers is none: what it kept is freed piece by piece,
+nothing is gathered ahead and gradients come late, so that a stage that holds no loop at all (few layers, or few of each
+strategy) needs less than its price, by up to a seventh (docs/design/0085 says why the search cannot know).
 """
 
 from __future__ import annotations
@@ -157,7 +164,7 @@ def layer_memory(
     temporaries = (
         live.most(gathers=zero >= 3 or borrowing) if live else _workspace(local, weights, remat, zero, borrowing)
     )
-    stacks = _STACKS if accumulates and zero >= 2 and local.repeated and not pipelined else 1
+    stacks = _STACKS if accumulates and zero >= 2 and local.repeated else 1
     waiting = live.waiting if live and not pipelined else 0.0
     read = local.kept[remat] if waiting and strategy.tp > 1 else 0.0
     return {

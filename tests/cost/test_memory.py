@@ -173,11 +173,33 @@ def test_a_layer_outside_the_loop_keeps_the_operands_of_its_gradients_and_makes_
     assert scheduled(alone, Strategy(dp=8), microbatches=2)["gradients"] == 4 * (W + B)  # sums last
 
 
-def test_between_the_programs_of_a_pipeline_there_are_sums_of_gradients_and_residuals() -> None:
-    loop, piped = (scheduled(SCHEDULED, Strategy(dp=8, zero=3), microbatches=2, slices=n) for n in (1, 2))
-    assert loop["gradients"] == 2 * piped["gradients"]
+@pytest.mark.parametrize("slices", [1, 2])
+def test_gradients_that_every_microbatch_reduces_are_there_twice_in_a_loop(slices: int) -> None:
+    """The sums, and the stack that a backward loop makes, in a pipeline too; others are added up in place."""
     alone = msgspec.structs.replace(SCHEDULED, repeated=False)
-    assert scheduled(alone, Strategy(dp=8), microbatches=2, slices=2)["residuals"] == piped["residuals"]
+    for zero, copies in ((0, 1), (1, 1), (2, 2), (3, 2)):
+        strategy = Strategy(dp=8, zero=zero)
+        loop, outside = (scheduled(kind, strategy, 2, slices)["gradients"] for kind in (SCHEDULED, alone))
+        assert loop == copies * outside
+
+
+def test_between_the_programs_of_a_pipeline_nothing_waits() -> None:
+    alone = msgspec.structs.replace(SCHEDULED, repeated=False)
+    loop, piped = (scheduled(kind, Strategy(dp=8), microbatches=2, slices=2) for kind in (SCHEDULED, alone))
+    assert piped["residuals"] == loop["residuals"]
+
+
+def test_what_a_sharded_loss_read_is_gone_while_the_operands_of_gradients_wait() -> None:
+    """Its collectives hurry it; the head's own moment holds both."""
+    alone = msgspec.structs.replace(SCHEDULED, repeated=False)
+    whole, sharded = (scheduled(alone, strategy) for strategy in (Strategy(dp=8), Strategy(tp=4, dp=2)))
+    kept, waiting = (INNER_BYTES / 4 + TOKEN_BYTES) / 2, STREAM_BYTES / 2
+    assert whole["residuals"] == (STREAM_BYTES + INNER_BYTES + TOKEN_BYTES) / 8 + STREAM_BYTES / 8
+    assert sharded["residuals"] == STREAM_BYTES / 2 + waiting
+    loop = scheduled(SCHEDULED, Strategy(tp=4, dp=2))
+    both = sharded["residuals"] + sharded["live"]
+    assert both == loop["residuals"] + loop["live"] + loop["gradients"]  # at its own moment nothing is missing
+    assert sharded["live"] >= kept
 
 
 def test_nothing_waits_of_the_layer_with_which_the_backward_pass_ends() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from galvatron_jax.analysis._flops import program_flops
 from galvatron_jax.runtime._executor import Flight
@@ -124,7 +125,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     """Yield every equation, those of inner programs too."""
     for eqn in jaxpr.eqns:
         yield eqn
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from equations(inner)
 
 
