@@ -18,7 +18,7 @@ outside the loop makes no stack. The end of a step reduces them layer by layer (
 no more than the passes did. The programs of a pipeline do all this alike (docs/design/0084).
 
 Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
-loop, which is the fuller moment.
+loop, which is the fuller moment. (Not in a pipeline, where all gradients have their memory from the first pass on.)
 
 Residuals (per in-flight microbatch): the stream input; without remat all that forward keeps for backward, under remat
 ``dots`` the results of products with weights; of a layer that stands alone also what its weights' gradients wait for
@@ -159,7 +159,7 @@ def layer_memory(
     zero, remat = strategy.zero, strategy.remat
     held = weights.own if borrowing else weights.held
     gradient = held(zero >= (2 if accumulates else 1)).stored
-    lasts = accumulates or local.repeated
+    lasts = accumulates or local.repeated or pipelined
     live = local.live.get(remat)
     temporaries = (
         live.most(gathers=zero >= 3 or borrowing) if live else _workspace(local, weights, remat, zero, borrowing)

@@ -70,7 +70,7 @@ class StagePasses:
         of arriving values); the sums are donated.
         """
         places = (self._sum_places, [self.model.arriving_shardings[i] for i in self._flows])
-        return self._jit(self._backward, places)
+        return self._jit(self._backward, places, keep_unused=True)  # of one microbatch, nothing reads the sums
 
     @functools.cached_property
     def evaluate(self) -> Callable[..., Any]:
@@ -96,10 +96,12 @@ class StagePasses:
 
         return jax.jit(zeros, out_shardings=(self._sum_places, self.model.mesh.replicated))
 
-    def _jit(self, function: Callable[..., Any], places: Any) -> Callable[..., Any]:
+    def _jit(self, function: Callable[..., Any], places: Any, *, keep_unused: bool = False) -> Callable[..., Any]:
         """Compile a pass: its sixth argument, the running sums, is donated."""
         options = compiler_options(self.model.mesh)
-        return jax.jit(function, donate_argnums=5, out_shardings=places, compiler_options=options)
+        return jax.jit(
+            function, donate_argnums=5, out_shardings=places, keep_unused=keep_unused, compiler_options=options
+        )
 
     def kept(self, residuals: Arrays, state: Arrays, arriving: Arrays) -> Kept:
         """Return what the backward pass of a microbatch needs of its forward pass."""
@@ -143,7 +145,10 @@ class StagePasses:
     ) -> tuple[Arrays, Arrays]:
         leaves = self._traced.residuals.restore([*parameters, *batch, microbatch], kept.held, kept.residuals)
         pullback = jax.tree.unflatten(self._traced.pullback, leaves)
-        added = GradientSums(sums, self._sum_places, self._sums_in_place)
+        if self.microbatches == 1:  # the sums are zero: their memory is the gradients'
+            gradients, arriving = pullback((cotangents, jnp.ones((), jnp.float32)))
+            return jax.lax.with_sharding_constraint(gradients, self._sum_places), arriving
+        added = GradientSums(sums, self._sum_places, self.model.sums_in_place)
         cotangent = cotangents, jnp.ones((), jnp.float32)
         carried, arriving = added.add(added.start, pullback, cotangent, arriving=len(self._flows))
         return added.finish(carried), arriving
@@ -200,11 +205,7 @@ class StagePasses:
 
     @property
     def _sum_places(self) -> list[NamedSharding]:
-        return self.model.sum_shardings if self._is_spread else self.model.parameter_shardings("gradient")
-
-    @property
-    def _sums_in_place(self) -> list[bool]:
-        return self.model.sums_in_place if self._is_spread else [False] * len(self.model.slots)
+        return self.model.sum_shardings if self._is_spread else self.reduced_places
 
     @property
     def _parameters(self) -> list[jax.ShapeDtypeStruct]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from ..analysis import Analysis
 from ..plan import Plan, Strategy
-from ._layout import LayerLayout
+from ._layout import LayerLayout, Role
 from ._mesh import StageMesh
 from ._model import StageModel
 from ._share import StageShare, share_out
@@ -31,8 +31,15 @@ def plan_stages(
         UnsupportedError: the model's state cannot be shared out so.
     """
     shares = share_out(analysis, [stage.layer_count for stage in plan.stages])
+    role: Role = "gradient" if plan.microbatches > 1 else "optimizer"
     return tuple(
-        StageModel(share, mesh, _layouts(analysis, share, stage.layers(), mesh), reduces_in_float32=reduces_in_float32)
+        StageModel(
+            share,
+            mesh,
+            _layouts(analysis, share, stage.layers(), mesh),
+            gradient_role=role,
+            reduces_in_float32=reduces_in_float32,
+        )
         for share, stage, mesh in zip(shares, plan.stages, meshes, strict=True)
     )
 

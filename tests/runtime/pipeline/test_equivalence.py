@@ -49,7 +49,7 @@ EVERY_CASE = {
     "interleaved on four slices": Case(
         "d | d.3 | t2 | s2r | d.1 | t2", schedule="interleaved-1f1b", chunks=3, microbatches=2
     ),
-    "one microbatch": Case("s4 t4 t2 | d.3 d.3 d.3", microbatches=1),
+    "one microbatch": Case("s4 t4 | d.1 d.1 d.1 d.3", microbatches=1),
     "loops in stages": Case("d.3 d.3 d.3 d.3 | d.3 t2", microbatches=4, optimizer="adamw"),
     "loop without zero": Case("d d d d | t2 d", microbatches=4),
     "tied embedding": Case("d.3 t2 d | t2.1 d t4", model="llama, tied"),
