@@ -80,7 +80,7 @@ class HardwareProfile(Document, frozen=True, kw_only=True):
     sums_before_reducing: bool
     """The compiler merges all-reduces whose results are only added up (XLA:GPU)."""
     combines_gathers: bool = True
-    """The compiler makes one all-gather of those of a layer's weights (XLA:GPU); else one for each parameter."""
+    """All weights of a layer are gathered, and their gradients reduced, in one message (XLA:GPU); else one for each."""
     collectives: tuple[CollectiveTable, ...] = ()
     sources: dict[str, str] = {}
     """Where each number comes from, by field name."""

@@ -19,7 +19,9 @@ is all-reduced by the r ranks with the same shard.
   they are sharded there it does not know, so its weights are priced as coming from shards at every zero level, as under
   zero 3. A tied parameter on a later stage is a copy; at the end of the step both stages send each other their
   gradients, a message between nodes.
-* Per layer, the compiler combines reductions (and gathers) of one kind into one collective.
+* Per layer, the compiler combines reductions (and gathers) of one kind into one collective. XLA:CPU gathers each
+  array apart, and runs the arrays of a combined all-reduce one after the other, each a message of its own
+  (xla/backends/cpu/runtime/all_reduce_thunk.cc).
 * Accumulating reads the gradient and the accumulator and writes the accumulator; the update reads gradient, parameter
   and optimizer state and writes the last two: both memory-bound.
 """
@@ -28,7 +30,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..profile import HardwareProfile, LayerKind, Phase
+from ..profile import CollectiveKind, HardwareProfile, LayerKind, Phase
 from ..strategy import Strategy
 from ._collectives import Group, collective_seconds, device_group, message_seconds
 from ._compute import traffic_seconds
@@ -119,8 +121,7 @@ def weight_work(
         return memory_bound(sums.weight_traffic[phase].at(shares) / (spread.zero_ranks if is_sharded else 1))
 
     def gather(size_bytes: float) -> float:
-        pieces = 1 if hardware.combines_gathers else max(1, weights.arrays)
-        return pieces * collective_seconds("all-gather", size_bytes / pieces, group, hardware)
+        return _apart("all-gather", size_bytes, weights, group, hardware)
 
     reduce_each_s, reduce_once_s = _reductions(weights, hardware, spread, accumulates, gpus)
     message_s = message_seconds(weights.tied.stored, hardware.inter_node) if pipelined and weights.tied.stored else 0.0
@@ -134,6 +135,12 @@ def weight_work(
         gather_once_s=(gather(weights.divided.stored) if zero in (1, 2) else 0.0) + message_s,
         update_s=memory_bound(3 * updated.stored + 2 * state * updated.elements),
     )
+
+
+def _apart(kind: CollectiveKind, size_bytes: float, weights: Weights, group: Group, hardware: HardwareProfile) -> float:
+    """Seconds of one collective of all weights, or of one for each array where the backend moves them apart."""
+    pieces = 1 if hardware.combines_gathers else max(1, weights.arrays)
+    return pieces * collective_seconds(kind, size_bytes / pieces, group, hardware)
 
 
 def borrows(weights: Weights, pipelined: bool) -> bool:
@@ -150,11 +157,11 @@ def _reductions(
     divided = weights.divided.stored if deferred else weights.divided.computed
     whole = weights.whole.stored if deferred else weights.whole.computed
     if not spread.zero:
-        return 0.0, collective_seconds("all-reduce", divided + whole, everyone, hardware)
-    inside_s = collective_seconds("reduce-scatter", divided, group, hardware)
+        return 0.0, _apart("all-reduce", divided + whole, weights, everyone, hardware)
+    inside_s = _apart("reduce-scatter", divided, weights, group, hardware)
     inside_s += collective_seconds("all-reduce", whole, everyone, hardware)
     summed = weights.divided.stored if accumulates else weights.divided.computed
-    across_s = collective_seconds("all-reduce", summed / spread.zero_ranks, across, hardware)
+    across_s = _apart("all-reduce", summed / spread.zero_ranks, weights, across, hardware)
     if spread.zero == 1:
         return 0.0, inside_s + across_s
     return (inside_s, across_s) if accumulates else (inside_s + across_s, 0.0)

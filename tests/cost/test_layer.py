@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from galvatron_jax.cost import LayerCost, collective_seconds, device_group, estimate_layer
 from galvatron_jax.cost._overlap import exposed_seconds
+from galvatron_jax.cost._weights import Spread, weight_work
 from galvatron_jax.plan import Strategy
 from galvatron_jax.profile import Array, Collective, CollectiveKind, Dot, LayerKind, Link, Parameter, Traffic
 from tests.cost.settings import HARDWARE, KINDS, MODEL, legal_strategies, setting, strategies
@@ -103,6 +104,25 @@ def test_zero_3_gathers_twice_and_casts_its_shard() -> None:
     assert cost.forward_s == pytest.approx(forward_s + LOSS_S + exposed(forward_s, gather_s))
     assert cost.backward_s == pytest.approx(4 * DOT_S + exposed(4 * DOT_S, gather_s + reduce_s))
     assert cost.sync_s == 0
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_backend_that_combines_nothing_pays_the_latency_of_each_array(zero: int) -> None:
+    """Of equal arrays: so many collectives of a part each, for gathers and for reductions."""
+    halves = [msgspec.structs.replace(LAYER.parameters[0], path=path, dims=(("seq",), ("mlp",))) for path in "ab"]
+    kind = msgspec.structs.replace(LAYER, classes=LAYER.classes | {"seq": 504}, parameters=tuple(halves))
+    apart = msgspec.structs.replace(HARDWARE, combines_gathers=False)
+    seconds = []
+    for hardware in (apart, HARDWARE):
+        work = weight_work(kind, hardware, Spread.of(Strategy(dp=8, zero=zero)), False, 8, 4, False)
+        seconds.append(work.gather_s + work.reduce_each_s + work.reduce_once_s + work.gather_once_s)
+    expected = _latency("all-reduce") if zero == 0 else _latency("reduce-scatter") + _latency("all-gather")
+    assert seconds[0] - seconds[1] == pytest.approx(expected)
+
+
+def _latency(kind: CollectiveKind) -> float:
+    """Seconds of a collective over all devices that moves next to nothing."""
+    return collective_seconds(kind, 1e-9, device_group(8, 1, 4), HARDWARE)
 
 
 @pytest.mark.parametrize(("zero", "share"), [(0, 1), (1, 8), (2, 8), (3, 8)])
