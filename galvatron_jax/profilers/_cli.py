@@ -94,6 +94,7 @@ def _add_memory(parser: argparse.ArgumentParser) -> None:
     add("--state-bytes", type=int, default=8, metavar="N", help="optimizer state per parameter (%(default)s: Adam)")
     add("--seq", type=_count, metavar="N", help="sequence length of a preset (its own)")
     add("--dtype", help="compute dtype of a preset (its own)")
+    add("--attention", choices=("fused", "xla"), default="fused", help=_ATTENTION)
     add("--budget-s", type=_positive, default=180.0, metavar="S", help="seconds to spend (%(default)s)")
     add("--resume", action="store_true", help="go on from the partial file of an interrupted run")
     add("--debug", action="store_true", help="show the traceback of an error")

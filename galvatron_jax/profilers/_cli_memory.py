@@ -27,13 +27,13 @@ def run_memory(options: argparse.Namespace, progress_line: Callable[[str, int, i
     """
     own = ":" in options.model
     name = options.model.rpartition(":")[2] if own else options.model.strip().lower()
+    preset = {"seq": options.seq, "dtype": options.dtype, "fused_attention": options.attention == "fused"}
     order = MemoryOrder(
-        model=own_model(options.model) if own else preset_model(name, seq=options.seq, dtype=options.dtype),
+        model=own_model(options.model) if own else preset_model(name, **preset),
         name=name,
         session=ProbeSession(
             model=options.model if own else name,
-            seq=options.seq,
-            dtype=options.dtype,
+            **preset,
             cluster=parse_cluster(options.mesh, gpu=options.gpu),
             state_bytes_per_parameter=options.state_bytes,
         ),

@@ -12,7 +12,7 @@ import msgspec
 
 from .._document import load, save
 from .._user_model import UserModel
-from ..analysis import analyse_model
+from ..analysis import analyse_model, has_cudnn
 from ..cluster import Cluster
 from ..errors import DocumentError, DocumentNotFoundError
 from ..hardware import load_hardware
@@ -31,6 +31,11 @@ from ._timing import Clock, SystemClock
 
 TIME_LIMIT_S = 300.0
 """For one program; seconds on an idle machine."""
+
+_WITHOUT_KERNEL = (
+    "attention was compiled with its scores in memory: this counts for plans with --attention xla only"
+    " (a fused kernel needs a model that asks for it, and pip install --no-deps nvidia-cudnn-cu12)"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +83,14 @@ def measure_memory(
     """
     clock = clock or SystemClock()
     start_s = clock.now_s()
-    model, cluster = _present_profile(order), order.session.cluster
-    # Presets call attention without a fused kernel, and so do the programs that the runtime makes of them.
-    hardware = msgspec.structs.replace(load_hardware(cluster.gpu), fused_attention=False)
+    subject, cluster = order.model.resized(TRACED_SAMPLES), order.session.cluster
+    analysis = analyse_model(subject.model, subject.loss, subject.batch, name=order.name)
+    model, hardware = _present_profile(order.out, analysis.profile), load_hardware(cluster.gpu)
+    fused = hardware.fused_attention and analysis.asks_for_kernels and has_cudnn()  # as the programs are compiled
+    hardware = msgspec.structs.replace(hardware, fused_attention=fused)
     agenda = MemoryAgenda(model=model.with_memory({}), session=order.session, hardware=hardware)
-    partial, identity = partial_path(order.out.with_stem(f"{order.out.stem}.memory")), model_identity(model)
+    partial = partial_path(order.out.with_stem(f"{order.out.stem}.memory"))
+    identity = model_identity(model) + " with fused attention" * fused
     known = _resumed(partial, identity, cluster) if order.resume else ()
 
     def record(readings: Sequence[MemoryReading]) -> None:
@@ -110,6 +118,8 @@ def measure_memory(
     if not found.left_out:
         partial.unlink(missing_ok=True)
     notes = summarize("left out", [probe.text for probe in found.left_out])
+    if analysis.calls_attention and not fused:
+        notes += [_WITHOUT_KERNEL]
     return MemoryResult(assembly.profile, (*notes, *assembly.notes), not found.left_out)
 
 
@@ -119,12 +129,10 @@ def _wanted(order: MemoryOrder, model: ModelProfile) -> list[Wanted]:
     return planned + usual_strategies(model, cluster.devices, cluster.gpus_per_node)
 
 
-def _present_profile(order: MemoryOrder) -> ModelProfile:
-    """Return the model's profile, with the passes that ``order.out`` holds of the same model."""
-    subject = order.model.resized(TRACED_SAMPLES)
-    fresh = analyse_model(subject.model, subject.loss, subject.batch, name=order.name).profile
+def _present_profile(out: Path, fresh: ModelProfile) -> ModelProfile:
+    """Return the model's profile, with the passes that ``out`` holds of the same model."""
     try:
-        held = load(order.out, ModelProfile)
+        held = load(out, ModelProfile)
     except DocumentNotFoundError:
         return fresh
     if model_identity(held) != model_identity(fresh):

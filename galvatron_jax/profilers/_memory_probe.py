@@ -73,6 +73,8 @@ class ProbeSession(Value, frozen=True, kw_only=True):
     """A preset, or ``MODULE:FUNCTION``."""
     seq: Count | None = None
     dtype: str | None = None
+    fused_attention: bool = False
+    """A preset asks for cuDNN's attention, if cuDNN is installed."""
     cluster: Cluster
     state_bytes_per_parameter: Bytes
 

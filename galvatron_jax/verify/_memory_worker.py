@@ -19,7 +19,7 @@ import msgspec
 from jax.experimental import topologies
 
 from .._user_model import own_model, preset_model
-from ..analysis import Analysis, analyse_model, shorten
+from ..analysis import Analysis, analyse_model, has_cudnn, shorten
 from ..errors import GalvatronError
 from ..profilers._memory_probe import MemoryProbe, MemoryReading, ProbeSession, kept_layers, probe_plan
 from ..runtime import StagePrograms, plan_model, stage_mesh
@@ -41,10 +41,11 @@ class Compiler:
         """
         check_toolchain()
         self._session = session
-        own = ":" in session.model
-        self._model = (
-            own_model(session.model) if own else preset_model(session.model, seq=session.seq, dtype=session.dtype)
-        )
+        if ":" in session.model:
+            self._model = own_model(session.model)
+        else:
+            fused = session.fused_attention and has_cudnn()
+            self._model = preset_model(session.model, seq=session.seq, dtype=session.dtype, fused_attention=fused)
         cluster = session.cluster
         self._devices = topologies.get_topology_desc(
             platform="cuda",

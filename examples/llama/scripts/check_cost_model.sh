@@ -4,5 +4,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 if [ -f "$HARDWARE" ]; then HARDWARE_FROM=(--hardware "$HARDWARE"); else HARDWARE_FROM=(); fi
 if [ -f "$PROFILE" ]; then MODEL_FROM=(--profile "$PROFILE"); else MODEL_FROM=(); fi
-$LAUNCH "$PYTHON" -m galvatron_jax.cost "$PLAN" "${HARDWARE_FROM[@]}" "${MODEL_FROM[@]}" --attention xla \
+$LAUNCH "$PYTHON" -m galvatron_jax.cost "$PLAN" "${HARDWARE_FROM[@]}" "${MODEL_FROM[@]}" --attention "$ATTENTION" \
   "${VIRTUAL[@]}" "$@"

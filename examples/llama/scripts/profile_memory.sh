@@ -3,4 +3,4 @@
 #    and workspace, by strategy and local batch. Joins the same profile. Needs the extra [verify].
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 "$PYTHON" -m galvatron_jax.profilers memory --model "$MODEL" --seq "$SEQ" --dtype "$DTYPE" --mesh "$MESH" --gpu "$GPU" \
-  --out "$PROFILE" "$@"
+  --attention "$ATTENTION" --out "$PROFILE" "$@"

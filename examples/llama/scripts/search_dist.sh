@@ -5,4 +5,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 if [ -f "$HARDWARE" ]; then HARDWARE_FROM=(--hardware "$HARDWARE"); else HARDWARE_FROM=(); fi
 if [ -f "$PROFILE" ]; then MODEL_FROM=(--profile "$PROFILE"); else MODEL_FROM=(--model "$MODEL" --seq "$SEQ"); fi
 "$PYTHON" -m galvatron_jax.search --mesh "$MESH" "${MODEL_FROM[@]}" --dtype "$DTYPE" "${HARDWARE_FROM[@]}" \
-  --global-batch "$GLOBAL_BATCH" --attention xla --out "$PLAN" "$@"
+  --global-batch "$GLOBAL_BATCH" --attention "$ATTENTION" --out "$PLAN" "$@"

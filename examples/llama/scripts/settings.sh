@@ -19,10 +19,12 @@ PLAN=$CONFIGS/optimal_solution.json
 if [ -n "$DEVICES" ]; then
   MODEL=${MODEL:-llama-tiny} MESH=${MESH:-1x$DEVICES} SEQ=${SEQ:-128} GLOBAL_BATCH=${GLOBAL_BATCH:-32}
   DTYPE=${DTYPE:-float32}  # CPUs emulate bfloat16, many times slower
+  ATTENTION=${ATTENTION:-xla}  # no fused kernel runs on CPUs
   RUN=${RUN:-examples/llama/configs/tiny.toml}
 else
   MODEL=${MODEL:-llama2-7b} MESH=${MESH:-2x8} SEQ=${SEQ:-4096} GLOBAL_BATCH=${GLOBAL_BATCH:-128,256,512}
   DTYPE=${DTYPE:-bfloat16}
+  ATTENTION=${ATTENTION:-fused}  # llama2_7b.toml asks for cuDNN's kernel
   RUN=${RUN:-examples/llama/configs/llama2_7b.toml}
 fi
 VIRTUAL=(${DEVICES:+--devices "$DEVICES"})
