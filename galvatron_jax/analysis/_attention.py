@@ -14,6 +14,10 @@ from typing import Any
 
 import jax
 import msgspec
+import numpy as np
+
+CUDNN_NAME = "cudnn_dot_product_attention"
+"""What JAX calls cuDNN's attention in the module of ``jax.nn.dot_product_attention`` (0.10 to 0.12)."""
 
 _PREFIX = "cudnn_attention"
 _ARRAYS = (
@@ -83,6 +87,7 @@ def call_in_xla_form(original: Callable[..., Any], args: Sequence[Any], kwargs: 
     settings = {name: value for name, value in given.items() if name not in (*_ARRAYS, "implementation")}
     if settings.pop("return_residual", False):
         return original(**arrays, **settings, return_residual=True, implementation="xla")
+    settings = {name: value.item() if isinstance(value, np.generic) else value for name, value in settings.items()}
     try:
         call = msgspec.convert({**settings, "arrays": tuple(arrays)}, AttentionCall)
     except msgspec.ValidationError:
@@ -93,6 +98,20 @@ def call_in_xla_form(original: Callable[..., Any], args: Sequence[Any], kwargs: 
 
     run.__name__ = call.name
     return jax.jit(run)(*arrays.values())
+
+
+def asked_of_cudnn(*arrays: Any, mask_type: Any = None, sliding_window_length: int | None = None, **other: Any) -> Any:
+    """Return arguments of ``jax.nn.dot_product_attention`` from those that it hands on to cuDNN.
+
+    Args:
+        *arrays: In the order of the public function.
+        mask_type: A member of JAX's enumeration of masks, by its name.
+        sliding_window_length: Positions to the left that a query sees, itself among them.
+        **other: ``scale`` and ``return_residual``, of the same meaning.
+    """
+    window = None if sliding_window_length is None else (sliding_window_length - 1, 0)
+    is_causal = mask_type is not None and "CAUSAL" in mask_type.name
+    return {**dict(zip(_ARRAYS, arrays, strict=False)), **other, "is_causal": is_causal, "local_window_size": window}
 
 
 def attention_kernel(platform: str) -> str | None:

@@ -27,7 +27,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from ._attention import call_in_xla_form
+from ._attention import CUDNN_NAME, asked_of_cudnn, call_in_xla_form
 from ._read_nnx import PATH_ATTRIBUTE
 
 ATTENTION = "sdpa@"
@@ -170,8 +170,21 @@ def _attention(calls: Calls) -> Iterator[None]:
             asks_cudnn = kwargs.get("implementation") == "cudnn"
             return call_in_xla_form(original, args, kwargs) if asks_cudnn else original(*args, **kwargs)
 
+    # Whoever imported the function itself, or made a partial of it, gets to cuDNN by a name in the function's module.
+    module = original.__globals__
+    kernel: Callable[..., Any] | None = module.get(CUDNN_NAME)
+
+    def from_inside(*args: Any, **kwargs: Any) -> Any:
+        if kernel and not calls.is_mine():
+            return kernel(*args, **kwargs)
+        return scoped(**asked_of_cudnn(*args, **kwargs), implementation="cudnn")
+
     jax.nn.dot_product_attention = scoped
+    if kernel is not None:
+        module[CUDNN_NAME] = from_inside
     try:
         yield
     finally:
         jax.nn.dot_product_attention = original
+        if kernel is not None:
+            module[CUDNN_NAME] = kernel

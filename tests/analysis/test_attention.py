@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import pytest
 
 from galvatron_jax.analysis import Analysis, AttentionCall, analyse_model, analysis_lines, attention_call
@@ -44,6 +47,16 @@ def test_report_says_how_attention_runs(kernel: str | None, said: str) -> None:
 def test_other_calls_are_none() -> None:
     assert attention_name({"name": "silu"}) is None
     assert attention_name({}) is None
+
+
+@pytest.mark.parametrize("form", ["causal", "window", "lengths", "mask"])
+def test_function_that_was_imported_before_is_seen_too(form: str) -> None:
+    """``from jax.nn import dot_product_attention``, and what Linen's ``attention_fn`` is given."""
+    direct = attention_model(form, kv_heads=4)
+    imported = attention_model(form, kv_heads=4, attention=functools.partial(jax.nn.dot_product_attention))
+    found, expected = (analyse_model(m.build, m.loss, m.abstract_batch) for m in (imported, direct))
+    assert found.asks_for_kernels
+    assert found.profile == expected.profile
 
 
 def test_one_call_that_does_not_ask_is_enough() -> None:

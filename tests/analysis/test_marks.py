@@ -12,6 +12,7 @@ import pytest
 from flax import linen, nnx
 
 from galvatron_jax.analysis import Loss
+from galvatron_jax.analysis._attention import CUDNN_NAME
 from galvatron_jax.analysis._jaxpr import inner_programs, open_program, scope_of
 from galvatron_jax.analysis._marks import ATTENTION, MARK, marked_calls
 from galvatron_jax.analysis._read import read_model
@@ -76,7 +77,9 @@ def test_cudnn_attention_is_traced_without_a_gpu() -> None:
 
 # ------------------------------------------------------------------------------------------------------------ untouched
 def _originals() -> list[Any]:
-    return [*(cls.__dict__["__call__"] for cls in CLASSES), jax.nn.dot_product_attention, nnx.RngCount.set_value]
+    attention: Any = jax.nn.dot_product_attention
+    functions = [attention, attention.__globals__[CUDNN_NAME], nnx.RngCount.set_value]
+    return [*(cls.__dict__["__call__"] for cls in CLASSES), *functions]
 
 
 def test_classes_and_functions_are_put_back() -> None:

@@ -15,11 +15,16 @@ from tests.support.small_models import SmallModel
 HEADS, HEAD_DIM, WIDTH, SEQ, BATCH, LAYERS = 8, 4, 32, 16, 16, 2
 
 
+Attention = Callable[..., jax.Array]
+
+
 class AttentionBlock(nnx.Module):
     """Attention of several forms, then a perceptron."""
 
-    def __init__(self, form: str, kv_heads: int, kernel: str | None, *, rngs: nnx.Rngs) -> None:
-        self.form, self.kernel = form, kernel
+    def __init__(
+        self, form: str, kv_heads: int, kernel: str | None, attention: Attention | None, *, rngs: nnx.Rngs
+    ) -> None:
+        self.form, self.kernel, self.attention = form, kernel, attention
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.query = nnx.Linear(WIDTH, HEADS * HEAD_DIM, use_bias=False, rngs=rngs)
         self.key = nnx.Linear(WIDTH, kv_heads * HEAD_DIM, use_bias=False, rngs=rngs)
@@ -33,7 +38,7 @@ class AttentionBlock(nnx.Module):
     def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
         h = self.norm(x)
         q, k, v = (f(h).reshape(*x.shape[:2], -1, HEAD_DIM) for f in (self.query, self.key, self.value))
-        attention: Callable[..., jax.Array] = jax.nn.dot_product_attention
+        attention: Callable[..., jax.Array] = self.attention or jax.nn.dot_product_attention
         y = attention(q, k, v, **self._asked(lengths), implementation=self.kernel)
         x = x + self.out(y.reshape(*x.shape[:2], -1))
         return x + self.down(nnx.gelu(self.up(x)))
@@ -53,9 +58,17 @@ class AttentionBlock(nnx.Module):
 class AttentionStack(nnx.Module):
     """The blocks between a table and a head."""
 
-    def __init__(self, form: str, kv_heads: int, kernels: Sequence[str | None], *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        form: str,
+        kv_heads: int,
+        kernels: Sequence[str | None],
+        attention: Attention | None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.embed = nnx.Embed(64, WIDTH, rngs=rngs)
-        self.layers = nnx.List([AttentionBlock(form, kv_heads, kernel, rngs=rngs) for kernel in kernels])
+        self.layers = nnx.List([AttentionBlock(form, kv_heads, kernel, attention, rngs=rngs) for kernel in kernels])
         self.head = nnx.Linear(WIDTH, 64, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
@@ -76,12 +89,21 @@ def attention_model(
     kv_heads: int = HEADS,
     kernel: str | None = "cudnn",
     kernels: Sequence[str | None] | None = None,
+    attention: Attention | None = None,
 ) -> SmallModel:
-    """Return a model of two layers whose attention has ``form``; ``kernels``: of each layer, if they differ."""
+    """Return a model of two layers whose attention has ``form``.
+
+    Args:
+        form: What its calls ask for besides.
+        kv_heads: Heads of keys and values.
+        kernel: The implementation that they ask for.
+        kernels: That of each layer, if they differ.
+        attention: What they call, in place of ``jax.nn.dot_product_attention`` as it is when they run.
+    """
     each = kernels or (kernel,) * LAYERS
     random = np.random.default_rng(0)
     batch = {
         "tokens": random.integers(0, 64, (BATCH, SEQ), dtype=np.int32),
         "lengths": random.integers(4, SEQ + 1, BATCH, dtype=np.int32),
     }
-    return SmallModel(lambda: AttentionStack(form, kv_heads, each, rngs=nnx.Rngs(0)), loss, batch)
+    return SmallModel(lambda: AttentionStack(form, kv_heads, each, attention, rngs=nnx.Rngs(0)), loss, batch)
