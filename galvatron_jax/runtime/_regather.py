@@ -1,7 +1,9 @@
 """Zero 1 and 2 gather updated parameters: layer by layer, into the arrays that held them before.
 
 Gathered at once, a second copy of all parameters stands beside the (donated) old one: XLA gathers into a buffer of its
-own, in another layout, and copies. In a loop over the layers of a run it is one layer's. See docs/design/0055.
+own, in another layout, and copies. In a loop over the layers of a run it is one layer's. Each row is pinned to the
+order in which it is stored: the loop would else take the gather's layout for all rows, and be transposed behind it.
+See docs/design/0055 and 0084.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from ._slots import Slot
 
@@ -40,6 +43,7 @@ def _by_layer(slots: Sequence[Slot], layers: int, updated: Sequence[Any], before
     def layer(row: Any, whole: list[Any]) -> list[Any]:
         parts = [jax.lax.dynamic_index_in_dim(array, row, keepdims=False) for array in updated]
         parts = jax.lax.with_sharding_constraint(parts, [slot.leaf_sharding("parameter") for slot in slots])
+        parts = [with_layout_constraint(part, Layout(tuple(range(part.ndim)))) for part in parts]
         arrays = [
             jax.lax.dynamic_update_index_in_dim(array, part, row, 0) for array, part in zip(whole, parts, strict=True)
         ]

@@ -59,6 +59,20 @@ def test_a_loop_gathers_the_rows_of_a_stack_as_they_are_used_not_as_they_are_sto
     assert not [shape for shape in matrices if shape.startswith("1,")]  # else stacks and rows are copied for it
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_updated_weights_are_gathered_row_by_row_in_the_order_in_which_they_are_stored(zero: int) -> None:
+    sharded = looped("none", zero)
+    state, batch = sharded.programs.abstract_state, sharded.abstract_batch()
+    jaxpr = jax.make_jaxpr(lambda *arguments: sharded.programs.train(*arguments))(state, batch).jaxpr
+    bodies = [eqn.params["jaxpr"].jaxpr for eqn in scans(jaxpr) if eqn.params["length"] == LAYERS]
+    pinned = [[e.params["layout"] for e in body.eqns if e.primitive.name == "layout_constraint"] for body in bodies]
+    (gathered,) = [layouts for layouts in pinned if layouts]
+    stacked = [slot for slot in sharded.programs.model.slots if slot.is_stacked]
+    moved = [slot for slot in stacked if slot.sharding("parameter") != slot.sharding("optimizer")]
+    assert len(gathered) == len(moved)
+    assert all(layout.major_to_minor == tuple(range(len(layout.major_to_minor))) for layout in gathered)
+
+
 def kept_bytes(sharded: Planned) -> float:
     """Bytes that one turn of the forward loop hands to the backward loop."""
     programs = sharded.programs
