@@ -26,6 +26,7 @@ from ._copies import Copies, PerRank, copyable, partial_axes, unreduced_axes
 from ._layout import LayerLayout, Role
 from ._mesh import Axes
 from ._products import product_orders, run_product
+from ._rankings import ranked_place, run_ranking
 
 WEIGHTS = "galvatron_weights"
 """Name of parameters as a layer uses them: cast and gathered."""
@@ -188,6 +189,8 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
         return atom.val if isinstance(atom, Literal) else border.cross(environment[atom], values[atom], inside=inside)
 
     def run(equation: Equation, arguments: Sequence[Any]) -> list[Any]:
+        if divided := ranked_place(layout, equation):
+            return run_ranking(layout, divided, equation, arguments[0])
         if ranks.reads_copies(equation) or not orders.keys() & set(equation.outputs):
             return ranks.run(equation, arguments)
         return run_product(equation, arguments, orders[equation.outputs[0]])

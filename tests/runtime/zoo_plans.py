@@ -137,23 +137,15 @@ def compiled_totals(text: str) -> Totals:
 
 
 def predicted_totals(plan: Plan, analysis: Analysis) -> Totals:
-    """The same of the prediction, with two habits of XLA:CPU.
-
-    It reduces over batch and sequence one after the other, not at once; and it gathers what ``top_k`` reads.
-    """
+    """The same of the prediction, with a habit of XLA:CPU: it sums over batch and sequence one after the other."""
     totals: Totals = defaultdict(float)
     strategies = [strategy for _, strategy in plan.layers()]
     for c in plan_collectives(plan, analysis.profile):
         s = strategies[c.layer]
-        both = c.group == (s.zero_ranks if c.cause == "gradient" and c.group < s.dp * s.ulysses else s.dp * s.ulysses)
-        at_once = both and c.group > s.ulysses > 1 and _sum_kind(c.kind) == "all-reduce"
+        both = s.dp * s.ulysses, s.zero_ranks if c.phase == "backward" else 0
+        at_once = c.group in both and c.group > s.ulysses > 1 and _sum_kind(c.kind) == "all-reduce"
         for group in (c.group // s.ulysses, s.ulysses) if at_once else (c.group,):
             totals[_sum_kind(c.kind), 0 if c.kind == "collective-permute" else group] += c.bytes
-    for kind, s in plan.layers():
-        layer = analysis.kinds[kind].layer
-        for op in layer.ops:
-            if op.name == "top_k":
-                totals["all-gather", s.dp] += op.inputs[0].bytes * (1 + (s.remat in layer.recomputed_by(op)))
     return dict(totals)
 
 

@@ -64,6 +64,7 @@ EVERY_CASE = {
     "fused projections": Case("d.3 t2.1 t2.1 t2.1 | d.2", model="fused", optimizer="adamw", microbatches=2),
     "fused projections shared by stages": Case("d.3 t2 | t4 d.2", model="fused, shared", microbatches=2),
     "linen": Case("d.3 t2 d | t2 d.1 t2r d", model="t5 linen", microbatches=2),
+    "routers": Case("d.3 t2 | t2r d.1k", model="moe one-hot", microbatches=2),
 }
 CASES = [pytest.param(case, id=name) for name, case in EVERY_CASE.items()]
 
