@@ -15,7 +15,9 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for the result (default: here)")
     parser.add_argument("--dispatch-only", action="store_true", help="leave out bubbles, which need an idle machine")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit: the stages' processes are ended too
     folder = options.out
     load = os.getloadavg()[0]
     result = {
