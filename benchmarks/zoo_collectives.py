@@ -58,19 +58,32 @@ def compare(name: str, family: str) -> Record:
     }
 
 
+_WORDS = {"tp": "tp", "sp": "+sp", "ulysses": "ulysses", "hsdp": "hsdp"}
+"""What the strategies of a family have in their names."""
+
+
 def matrix(found: dict[tuple[str, str], Record]) -> str:
-    """Return a Markdown table: models by families, ``=`` where all bytes agree."""
+    """Return a Markdown table: models by families, ``=`` where all bytes agree, in brackets where no layer may."""
 
     def cell(name: str, family: str) -> str:
         record = found.get((name, family))
-        return "" if record is None else "≠" if record["beyond"] else "="
+        if record is None:
+            return ""
+        sign = "≠" if record["beyond"] else "="
+        return sign if is_expressed(record) else f"({sign})"
 
     families = [family for family in FAMILIES if any(f == family for _, f in found)]
     lines = [f"| model | {' | '.join(families)} |", "|---" * (1 + len(families)) + "|"]
     for name in ZOO:
         if any(n == name for n, _ in found):
-            lines.append(f"| {name} | {' | '.join(cell(name, family) for family in families)} |")
+            lines.append(f"| `{name}` | {' | '.join(cell(name, family) for family in families)} |")
     return "\n".join(lines)
+
+
+def is_expressed(record: Record) -> bool:
+    """Tell whether any layer of the model has a strategy that the family is named after, not one it falls back on."""
+    words = [word for part, word in _WORDS.items() if part in record["family"].split(", ")]
+    return any(all(word in strategy for word in words) for strategy in record["strategies"])
 
 
 def read_lines(path: Path) -> list[str]:
