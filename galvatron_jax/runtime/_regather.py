@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import NamedSharding
 
 from ._slots import Slot
 
@@ -43,7 +44,7 @@ def _by_layer(slots: Sequence[Slot], layers: int, updated: Sequence[Any], before
     def layer(row: Any, whole: list[Any]) -> list[Any]:
         parts = [jax.lax.dynamic_index_in_dim(array, row, keepdims=False) for array in updated]
         parts = jax.lax.with_sharding_constraint(parts, [slot.leaf_sharding("parameter") for slot in slots])
-        parts = [with_layout_constraint(part, Layout(tuple(range(part.ndim)))) for part in parts]
+        parts = [_in_order(part, slot.leaf_sharding("parameter")) for part, slot in zip(parts, slots, strict=True)]
         arrays = [
             jax.lax.dynamic_update_index_in_dim(array, part, row, 0) for array, part in zip(whole, parts, strict=True)
         ]
@@ -51,3 +52,15 @@ def _by_layer(slots: Sequence[Slot], layers: int, updated: Sequence[Any], before
 
     whole: list[Any] = jax.lax.fori_loop(0, layers, layer, list(before))
     return whole
+
+
+def _in_order(array: Any, place: NamedSharding) -> Any:
+    """Pin an array to row-major order: on every device for itself, for the partitioner would gather it whole first."""
+    pinned: Any = jax.shard_map(
+        lambda own: with_layout_constraint(own, Layout(tuple(range(own.ndim)))),
+        mesh=place.mesh,
+        in_specs=place.spec,
+        out_specs=place.spec,
+        check_vma=False,
+    )
+    return pinned(array)
