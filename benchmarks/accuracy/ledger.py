@@ -148,10 +148,11 @@ def ledger_text(lines: Sequence[Line]) -> str:
             _summary("read while the formulas were written", [line for line in lines if line.fitted]),
             _summary("held out", held),
             _summary("all", lines),
-            _summary("without any loop over layers", [line for line in lines if not line.has_loop]),
+            _summary("with a loop over layers", [line for line in lines if line.has_loop]),
+            _summary("without any", [line for line in lines if not line.has_loop]),
             "",
             "Every layer is priced as one of a loop. A slice without a run of three equal layers (marked o) has none,",
-            "and needs less than its price: there the estimate is an upper bound (docs/design/0085).",
+            "and mostly needs less than its price, by up to a fifth (docs/design/0085); the search cannot know.",
             "",
             f"Plans called fitting that the compiler puts above the budget of {budget / GIB:.1f} GiB:"
             f" {', '.join(optimistic) or 'none'}.",

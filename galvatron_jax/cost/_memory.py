@@ -49,7 +49,7 @@ go. Programs that scan over layers allocate both for the whole backward pass, so
 
 Limit: every layer is priced as one of a loop. A run of one or two layers is none: what it kept is freed piece by piece,
 nothing is gathered ahead and gradients come late, so that a stage that holds no loop at all (few layers, or few of each
-strategy) needs less than its price, by up to a fifth (docs/design/0085 says why the search cannot know).
+strategy) mostly needs less than its price, by up to a fifth (docs/design/0085 says why the search cannot know).
 """
 
 from __future__ import annotations
