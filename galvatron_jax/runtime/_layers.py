@@ -48,9 +48,9 @@ class StageLayers:
 
     def function(self, run: Run, *, in_loop: bool) -> SegmentFunction:
         """Return one layer of ``run`` as a function under its layout (see ``build_segment``)."""
-        key = (id(run.layout), in_loop, self._reduction(run))
+        key = (id(run.layout), in_loop, self._reduction(run), run.rows)
         if key not in self._functions:
-            self._functions[key] = build_segment(run.layout, in_loop=in_loop, reduction=key[2])
+            self._functions[key] = build_segment(run.layout, in_loop=in_loop, reduction=key[2], rows=run.rows)
         return self._functions[key]
 
     def read_outside(self, run: Run) -> set[Variable]:

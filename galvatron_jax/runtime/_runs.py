@@ -57,6 +57,12 @@ class Run:
         """Return the positions of the inputs that come from ``source``."""
         return [i for i, feed in enumerate(self.feeds) if feed.source == source]
 
+    @property
+    def rows(self) -> frozenset[int]:
+        """Parameters (by position) that the layers of a loop take from stacks."""
+        stacked = self.inputs_of("stacked") if self.is_scanned else []
+        return frozenset(p for p, index in enumerate(self.layout.kind.layer.parameters) if index in stacked)
+
     def escaping(self, read_outside: set[Variable]) -> list[int]:
         """Return the outputs that must be collected from every layer: somebody but the next layer reads them.
 

@@ -53,7 +53,13 @@ class Reduction:
     """In the storage dtype, not in the dtype in which they are computed."""
 
 
-def build_segment(layout: LayerLayout, *, in_loop: bool = False, reduction: Reduction | None = None) -> SegmentFunction:
+def build_segment(
+    layout: LayerLayout,
+    *,
+    in_loop: bool = False,
+    reduction: Reduction | None = None,
+    rows: frozenset[int] = frozenset(),
+) -> SegmentFunction:
     """Return the segment of ``layout.kind`` as a function under the layout's strategy.
 
     It takes its inputs where they are: the caller puts all but the parameters into the layer's layout.
@@ -63,8 +69,9 @@ def build_segment(layout: LayerLayout, *, in_loop: bool = False, reduction: Redu
         in_loop: It is the body of a loop, so forward and backward pass are loops of their own, and nothing needs to
             keep the compiler from merging what is computed in both.
         reduction: How gradients are reduced.
+        rows: Parameters (by position) that a loop takes from stacks.
     """
-    weights = _Weights(layout, reduction or Reduction())
+    weights = _Weights(layout, reduction or Reduction(), rows)
 
     def run(*inputs: Any) -> list[Any]:
         return _run_equations(layout, weights.place(inputs), weights.copies, weights.copied)
@@ -111,8 +118,8 @@ class _Weights:
     with a gradient that it makes whole.
     """
 
-    def __init__(self, layout: LayerLayout, reduction: Reduction) -> None:
-        self._layout, self._reduction = layout, reduction
+    def __init__(self, layout: LayerLayout, reduction: Reduction, rows: frozenset[int]) -> None:
+        self._layout, self._reduction, self._rows = layout, reduction, rows
         axes = given = unreduced_axes(layout) if reduction.spread else ()
         wanted: Axes = layout.replica_axes if layout.strategy.zero and not reduction.spread else ()
         wanted = partial_axes(layout) if reduction.in_float32 else wanted
@@ -137,7 +144,7 @@ class _Weights:
         used = layout.value(layout.kind.layer.inputs[layout.kind.layer.parameters[position]])
         if position in self._reduction.spread:
             stored, used = self._given.place(stored), self._given.place(used)
-        return _gather(weight, parameter.compute_dtype, stored, used)
+        return _gather(weight, parameter.compute_dtype, stored, used, is_row=position in self._rows)
 
     def _copy(self, weight: Any, position: int) -> Any:
         """Gather a parameter and copy it; backward, sum the gradients of the copies into their place."""
@@ -168,11 +175,12 @@ class _Weights:
         return use(weight)
 
 
-def _gather(weight: Any, dtype: str, stored: NamedSharding, used: NamedSharding) -> Any:
+def _gather(weight: Any, dtype: str, stored: NamedSharding, used: NamedSharding, *, is_row: bool) -> Any:
     """Cast, then gather."""
-    if str(weight.dtype) != dtype or stored != used:
+    if str(weight.dtype) != dtype or is_row:
         # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes. So does
         # the row of a stack: else XLA gathers it with its leading dimension, and copies the stack and every row for it.
+        # Others stay the value that they are: layers that share a parameter share its gather (docs/design/0081).
         weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
     return jax.lax.with_sharding_constraint(weight, used)
 
