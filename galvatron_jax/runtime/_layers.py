@@ -171,5 +171,5 @@ class StageLayers:
         return frozenset(leaf for leaf, axes in wanted.items() if len(axes) == 1 and () not in axes)
 
     @functools.cached_property
-    def _functions(self) -> dict[tuple[int, bool, Reduction], SegmentFunction]:
+    def _functions(self) -> dict[tuple[int, bool, Reduction, frozenset[int]], SegmentFunction]:
         return {}
