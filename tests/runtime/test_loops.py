@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 
+from galvatron_jax.analysis._jaxpr import scan_operands
 from galvatron_jax.plan import Remat, Strategy
 from galvatron_jax.profile import Array
 from galvatron_jax.runtime._runs import Run
@@ -80,7 +81,7 @@ def kept_bytes(sharded: Planned) -> float:
     state, batch = programs.abstract_state, sharded.abstract_batch()
     jaxpr = jax.make_jaxpr(lambda *arguments: programs.gradients(*arguments))(state, batch).jaxpr
     forward = next(eqn for eqn in scans(jaxpr) if eqn.params["length"] == LAYERS)
-    rows = forward.outvars[forward.params["num_carry"] :]
+    rows = forward.outvars[scan_operands(forward.params)[1] :]
     return float(sum(row.aval.size * row.aval.dtype.itemsize for row in rows)) / LAYERS
 
 

@@ -15,6 +15,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from galvatron_jax.analysis._flops import program_flops
+from galvatron_jax.analysis._jaxpr import scan_operands
 from galvatron_jax.runtime._executor import Flight
 from galvatron_jax.runtime._passes import StagePasses
 from galvatron_jax.runtime._pipeline_stage import PipelineStage
@@ -56,7 +57,7 @@ def test_backward_adds_gradients_of_a_loop_to_the_sums_and_makes_no_stack_of_the
     programs = programs_of(Case(f"d d.{zero} d.{zero} d.{zero} | t2 d", microbatches=4))
     stage = programs.stages[0]
     _, backward, _ = traced(stage.passes)
-    made = {v.aval.shape for eqn in scans(backward.jaxpr) for v in eqn.outvars[eqn.params["num_carry"] :]}
+    made = {v.aval.shape for eqn in scans(backward.jaxpr) for v in eqn.outvars[scan_operands(eqn.params)[1] :]}
     sums = zip(stage.passes.sums, stage.model.slots, strict=True)
     stacks = {array.shape for array, slot in sums if slot.is_stacked}
     assert stacks
