@@ -77,3 +77,17 @@ def preset_model(
         config = dataclasses.replace(config, attention="cudnn")
     tokens = jax.ShapeDtypeStruct((1, config.seq), jnp.int32)
     return UserModel(lambda: Llama(config, rngs=nnx.Rngs(0)), next_token_loss, {"inputs": tokens, "targets": tokens})
+
+
+def named_model(
+    text: str, *, seq: int | None = None, dtype: str | None = None, fused_attention: bool = False
+) -> UserModel:
+    """Return the user's own model for ``MODULE:FUNCTION``, which knows its sizes, else the preset of that name.
+
+    Raises:
+        DocumentNotFoundError: there is no such preset.
+        ModelError: as ``own_model``.
+    """
+    if ":" in text:
+        return own_model(text)
+    return preset_model(text.strip().lower(), seq=seq, dtype=dtype, fused_attention=fused_attention)

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from ._runner import Progress
 
 _INTERRUPTED = 130
-_ATTENTION = "of a preset: fused, cuDNN's kernel on GPUs, as plans count on it, or xla, scores in memory (%(default)s)"
 """Exit code of a command that Ctrl-C ended, by the shell's convention (128 + SIGINT)."""
+
+_ATTENTION = "of a preset: fused, cuDNN's kernel on GPUs, as plans count on it, or xla, scores in memory (%(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -133,7 +134,7 @@ def _hardware(options: argparse.Namespace) -> int:
 def _model(options: argparse.Namespace) -> int:
     cluster = parse_cluster(options.mesh)
     _choose_devices(options)
-    from .._user_model import own_model, preset_model
+    from .._user_model import named_model
     from ._layer_report import layer_rows
     from ._model import ModelOrder, measure_model
     from ._report import plain_table
@@ -141,8 +142,7 @@ def _model(options: argparse.Namespace) -> int:
     own = ":" in options.model
     name = options.model.rpartition(":")[2] if own else options.model.strip().lower()
     fused = options.attention == "fused"
-    preset = {"seq": options.seq, "dtype": options.dtype, "fused_attention": fused}
-    model = own_model(options.model) if own else preset_model(name, **preset)
+    model = named_model(options.model, seq=options.seq, dtype=options.dtype, fused_attention=fused)
     start_s = time.monotonic()
     result = measure_model(
         ModelOrder(

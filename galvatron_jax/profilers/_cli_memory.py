@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from .._document import load
-from .._user_model import own_model, preset_model
+from .._user_model import named_model
 from ..cluster import parse_cluster
 from ..plan import Plan
 from ..units import format_seconds
@@ -29,7 +29,7 @@ def run_memory(options: argparse.Namespace, progress_line: Callable[[str, int, i
     name = options.model.rpartition(":")[2] if own else options.model.strip().lower()
     preset = {"seq": options.seq, "dtype": options.dtype, "fused_attention": options.attention == "fused"}
     order = MemoryOrder(
-        model=own_model(options.model) if own else preset_model(name, **preset),
+        model=named_model(options.model, **preset),
         name=name,
         session=ProbeSession(
             model=options.model if own else name,

@@ -18,7 +18,7 @@ import jax
 import msgspec
 from jax.experimental import topologies
 
-from .._user_model import own_model, preset_model
+from .._user_model import named_model
 from ..analysis import Analysis, analyse_model, has_cudnn, shorten
 from ..errors import GalvatronError
 from ..profilers._memory_probe import MemoryProbe, MemoryReading, ProbeSession, kept_layers, probe_plan
@@ -41,11 +41,8 @@ class Compiler:
         """
         check_toolchain()
         self._session = session
-        if ":" in session.model:
-            self._model = own_model(session.model)
-        else:
-            fused = session.fused_attention and has_cudnn()
-            self._model = preset_model(session.model, seq=session.seq, dtype=session.dtype, fused_attention=fused)
+        fused = session.fused_attention and has_cudnn()
+        self._model = named_model(session.model, seq=session.seq, dtype=session.dtype, fused_attention=fused)
         cluster = session.cluster
         self._devices = topologies.get_topology_desc(
             platform="cuda",
