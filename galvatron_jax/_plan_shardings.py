@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .analysis import Loss, abstract_batch, analyse_model
+from .analysis import Analysis, Loss, abstract_batch, analyse_model
 from .plan import Plan, check_devices, check_plan, load_plan
 from .runtime import Role, plan_stages, stage_mesh
 
@@ -58,25 +58,38 @@ def plan_shardings(
     spec = abstract_batch(batch, plan.microbatch_size)
     analysis = analyse_model(model, loss or next_token_loss, spec, name=plan.model.name)
     check_plan(plan, analysis.profile)
+    places, moved = _places(analysis, plan, devices, role)
+    if moved:
+        _warn(moved)
+    return _as_parameters(analysis, places)
+
+
+def _places(
+    analysis: Analysis, plan: Plan, devices: Sequence[jax.Device], role: Role
+) -> tuple[dict[int, NamedSharding], list[str]]:
+    """Return the sharding of each row of the trace, and the paths of those that the runtime stores in another shape."""
     size = plan.stages[0].devices
     meshes = [stage_mesh(plan.cluster, devices[k * size : (k + 1) * size]) for k in range(plan.slices)]
     places: dict[int, NamedSharding] = {}
-    moved: list[str] = []
+    moved: set[str] = set()
     for stage in plan_stages(analysis, plan, [meshes[k % plan.slices] for k in range(len(plan.stages))]):
         for slot in stage.slots:
             for leaf in slot.leaves:
                 places.setdefault(leaf, slot.user_sharding(role))
-            moved += [analysis.trace.paths[leaf] for leaf in slot.leaves] if slot.is_moved(role) else []
-    if moved:
-        _warn(sorted(set(moved)))
+            moved.update(analysis.trace.paths[leaf] for leaf in slot.leaves if slot.is_moved(role))
+    return places, sorted(moved)
+
+
+def _as_parameters(analysis: Analysis, places: dict[int, NamedSharding]) -> Any:
+    """Return shardings of rows in the structure of the user's parameters, of a stack that of its first row."""
     trace = analysis.trace
     by_row = jax.tree.unflatten(jax.tree.structure(trace.parameters), [places[i] for i in range(len(places))])
     structure: Any = jax.tree.structure(trace.model.parameters)
-    parts = structure.flatten_up_to(by_row)
-    whole = [
-        _of_stack(part, trace.rows.stacks[i].axis) if i in trace.rows.stacks else part for i, part in enumerate(parts)
-    ]
-    return jax.tree.unflatten(structure, whole)
+    stacks = trace.rows.stacks
+    parts = enumerate(structure.flatten_up_to(by_row))
+    return jax.tree.unflatten(
+        structure, [_of_stack(part, stacks[i].axis) if i in stacks else part for i, part in parts]
+    )
 
 
 def _warn(paths: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from ._machine import describe_machine, largest_of_all, mesh_devices, provenance
 from ._measure import base_profile
 from ._programs import subject_loop
 from ._readings import Reading, Subject
-from ._runner import Progress, Runner
+from ._runner import Outcome, Progress, Runner
 from ._text import summarize
 from ._timing import Clock, Effort, MeasurementError, SystemClock
 
@@ -96,9 +96,7 @@ def measure_model(
     analysis = analyse_model(subject.model, subject.loss, subject.batch, name=order.name)
     partial, first, identity = partial_path(order.out), jax.process_index() == 0, model_identity(analysis.profile)
     known = resume_readings(partial, machine, quick=False, model=identity) if order.resume else ()
-    compiled = _compiled_memory(
-        analysis.profile, order.out
-    )  # now: a file that cannot be read must not cost the readings
+    compiled = _compiled_memory(analysis.profile, order.out)  # now: a file that cannot be read costs no readings
 
     def record(readings: Sequence[Reading]) -> None:
         if first:
@@ -127,9 +125,12 @@ def measure_model(
         save(assembly.profile, order.out)
         if not outcome.skipped:
             partial.unlink(missing_ok=True)
+    return ModelResult(assembly.profile, (*_notes(outcome), *assembly.notes), not outcome.skipped)
+
+
+def _notes(outcome: Outcome) -> list[str]:
     notes = summarize("failed", [f"{failed.text}: {reason}" for failed, reason in outcome.failed.items()])
-    notes += summarize("left out", [f"{skipped.text} ({reason})" for skipped, reason in outcome.skipped.items()])
-    return ModelResult(assembly.profile, (*notes, *assembly.notes), not outcome.skipped)
+    return notes + summarize("left out", [f"{subject.text} ({reason})" for subject, reason in outcome.skipped.items()])
 
 
 def _loop(

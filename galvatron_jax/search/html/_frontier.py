@@ -44,21 +44,14 @@ def frontier_chart(points: Sequence[Point], budget_bytes: int, chosen_bytes: int
     parts.append(tag("path", d=f"{steps}H{right:.1f}", class_="curve"))
     for point in rising:
         chosen = abs(point.peak_bytes - chosen_bytes) <= 1
-        title = f"{point.peak_bytes / GIB:.1f} GiB · {format_count(point.tokens_per_s)} tokens/s · {point.summary}"
-        mark = tag("title", title)
-        style = "chosen" if chosen else "point" if point.fits else "beyond"
-        parts.append(
-            tag(
-                "circle",
-                mark,
-                cx=across(point.peak_bytes),
-                cy=up(point.tokens_per_s),
-                r=7 if chosen else 5,
-                class_=style,
-            )
-        )
-        if chosen:
-            parts.append(
-                label(across(point.peak_bytes), up(point.tokens_per_s) - 12, "this plan", "middle", class_="strong")
-            )
+        parts += _marks(point, across(point.peak_bytes), up(point.tokens_per_s), chosen)
     return chart(HEIGHT, *parts, label="memory against throughput")
+
+
+def _marks(point: Point, x: float, y: float, chosen: bool) -> list[Markup]:
+    """Return the circle of one plan, and beside the chosen one its name."""
+    size, speed = f"{point.peak_bytes / GIB:.1f} GiB", f"{format_count(point.tokens_per_s)} tokens/s"
+    title = tag("title", f"{size} · {speed} · {point.summary}")
+    style = "chosen" if chosen else "point" if point.fits else "beyond"
+    circle = tag("circle", title, cx=x, cy=y, r=7 if chosen else 5, class_=style)
+    return [circle, label(x, y - 12, "this plan", "middle", class_="strong")] if chosen else [circle]
