@@ -14,13 +14,20 @@ from ..cluster import Cluster, divisors
 from ..errors import ClusterError
 from ..profile import CollectiveKind
 from ..units import GIB, KIB, MIB
-from ._readings import COPY, LAUNCH, LOOP, MATMUL, OVERLAP, Subject, product_flops
+from ._readings import COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, Subject, product_flops
 
 KINDS: tuple[CollectiveKind, ...] = get_args(CollectiveKind)
 
-_SIZES_BYTES = ((KIB, 64 * KIB, 4 * MIB, 256 * MIB), (8 * KIB, 512 * KIB, 32 * MIB))
-_QUICK_SIZES_BYTES = ((KIB, 64 * KIB, MIB), (4 * MIB,))
+Sizes = tuple[int, ...]
+
+_SIZES_BYTES: tuple[Sizes, Sizes] = ((KIB, 64 * KIB, 4 * MIB, 256 * MIB), (8 * KIB, 512 * KIB, 32 * MIB))
+_BETWEEN_BYTES: Sizes = (32 * KIB, 256 * KIB)
+"""Sizes in between, of groups over several nodes: there time bends with the segments that libraries cut arrays into."""
+_QUICK_SIZES_BYTES: tuple[Sizes, Sizes] = ((KIB, 64 * KIB, MIB), (4 * MIB,))
 """Rounds, coarse to fine; within a round the sizes rise, so that one foretells the time of the next."""
+
+_MESSAGE_BYTES = (KIB, 64 * KIB, MIB, 16 * MIB)
+_QUICK_MESSAGE_BYTES = (64 * KIB, MIB)
 
 OVERLAP_BYTES = {"gpu": 32 * MIB, "cpu": MIB}
 """Size of the all-reduce that runs beside products, as in Hetu-Galvatron's overlap profiler (32 MiB)."""
@@ -72,13 +79,19 @@ def hardware_agenda(cluster: Cluster, platform: str, *, quick: bool) -> tuple[Su
     groups = device_groups(cluster)
     if quick:
         groups = tuple({(g.size, g.inside_node): g for g in reversed(groups)}.values())
-    rounds = [
-        [Subject(what=k, size=s, group=g.size, stride=g.stride) for s in sizes for k in KINDS for g in groups]
-        for sizes in (_QUICK_SIZES_BYTES if quick else _SIZES_BYTES)
+    across = tuple(g for g in groups if not g.inside_node)
+    coarse, fine = _QUICK_SIZES_BYTES if quick else _SIZES_BYTES
+    rounds = ((coarse, groups), (fine, groups), (() if quick else _BETWEEN_BYTES, across))
+    collectives = [
+        Subject(what=k, size=s, group=g.size, stride=g.stride)
+        for sizes, places in rounds
+        for s in sizes
+        for k in KINDS
+        for g in places
     ]
     compute = _compute_agenda(platform, quick=quick)
     overlap = _overlap_agenda(cluster, platform) if groups else []
-    return tuple(dict.fromkeys([*compute, *overlap, *rounds[0], *rounds[1]]))
+    return tuple(dict.fromkeys([*compute, *overlap, *_message_agenda(cluster, quick=quick), *collectives]))
 
 
 def _compute_agenda(platform: str, *, quick: bool) -> list[Subject]:
@@ -89,6 +102,13 @@ def _compute_agenda(platform: str, *, quick: bool) -> list[Subject]:
     subjects += [Subject(what=COPY, size=size) for size in _COPY_BYTES[platform][: 1 if quick else 2]]
     subjects += [Subject(what=MATMUL, size=product_flops(side), dtype=dtype) for dtype, side in products]
     return list(dict.fromkeys(subjects))
+
+
+def _message_agenda(cluster: Cluster, *, quick: bool) -> list[Subject]:
+    if cluster.nodes == 1:
+        return []
+    sizes = _QUICK_MESSAGE_BYTES if quick else _MESSAGE_BYTES
+    return [Subject(what=MESSAGE, size=s, group=cluster.nodes, stride=cluster.gpus_per_node) for s in sizes]
 
 
 def _overlap_agenda(cluster: Cluster, platform: str) -> list[Subject]:

@@ -1,8 +1,8 @@
-"""Tables and links: from readings of collectives to fields of a hardware profile."""
+"""Tables and links: from readings of collectives and messages to fields of a hardware profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -12,12 +12,12 @@ from ..profile import CollectiveTable, Link
 from ._agenda import KINDS
 from ._fit import Point, monotone_fit
 from ._links import fit_link
-from ._parts import Fields, Overheads, Part, by_series, outlier_notes, without_unsteady
-from ._readings import Reading, Subject
+from ._parts import Overheads, Part, by_series, outlier_notes, without_unsteady
+from ._readings import MESSAGE, Reading, Subject
 
 
 def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
-    """Return the tables of collectives, in seconds by bytes, and the links fitted to them."""
+    """Return the tables of collectives, in seconds by bytes."""
     seconds = {s: overheads.corrected(r) for s, r in without_unsteady(known).items() if s.what in KINDS}
     places: dict[tuple[str, int, bool, int], dict[int, list[float]]] = {}
     for subject, taken_s in seconds.items():
@@ -42,25 +42,37 @@ def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cl
         "all groups of the mesh at once; slope of loops, loop and glue subtracted; "
         f"the slowest where groups of one size lie differently (largest ratio {max(ratios):.2f}); made monotone"
     )
-    links, link_how = _link_fields(seconds, cluster)
-    return Part({"collectives": tuple(tables), **links}, {"collectives": how, **link_how}, notes)
+    return Part({"collectives": tuple(tables)}, {"collectives": how}, notes)
 
 
-def _link_fields(seconds: Mapping[Subject, float], cluster: Cluster) -> tuple[Fields, dict[str, str]]:
-    """Fit links to all-gathers: over neighbours in a node, and over one device of each node."""
-    gathers = by_series((s, t) for s, t in seconds.items() if s.what == "all-gather")
+def link_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
+    """Return the links: in a node by all-gathers over neighbours, between nodes by messages.
+
+    Without messages (readings of a former version) by all-gathers over one device of each node.
+    """
     node = cluster.gpus_per_node
-    candidates = {
-        "intra_node": {g: p for (_, _, _, g, stride), p in gathers.items() if stride == 1 and node % g == 0},
-        "inter_node": {g: p for (_, _, _, g, stride), p in gathers.items() if stride == node},
+    series = by_series((s, overheads.corrected(r)) for s, r in without_unsteady(known).items())
+    gathers = {
+        (group, stride): points for (what, _, _, group, stride), points in series.items() if what == "all-gather"
     }
-    fields: Fields = {}
-    how = {}
-    for field, groups in candidates.items():
-        widest = max(groups, default=1)
-        points = monotone_fit(groups[widest]).points if groups else ()
-        link: Link | None = fit_link("all-gather", widest, points) if len(points) > 1 else None
-        if link:
-            fields[field] = link
-            how[field] = f"line through the all-gathers over {widest} devices"
-    return fields, how
+    inside = max((g for g, stride in gathers if stride == 1 and node % g == 0), default=1)
+    across = max((g for g, stride in gathers if stride == node), default=1)
+    messages = series.get((MESSAGE, "", "", cluster.nodes, node), [])
+    between = ("messages between neighbouring nodes", fit_link("collective-permute", 2, _rising(messages)))
+    if between[1] is None:
+        between = _by_gathers(across, gathers.get((across, node), []))
+    found = {"intra_node": _by_gathers(inside, gathers.get((inside, 1), [])), "inter_node": between}
+    links = {field: (text, link) for field, (text, link) in found.items() if link}
+    return Part(
+        {field: link for field, (_, link) in links.items()},
+        {field: f"line through {text}" for field, (text, _) in links.items()},
+        [],
+    )
+
+
+def _by_gathers(group: int, points: Sequence[Point]) -> tuple[str, Link | None]:
+    return f"the all-gathers over {group} devices", fit_link("all-gather", group, _rising(points))
+
+
+def _rising(points: Sequence[Point]) -> Sequence[Point]:
+    return monotone_fit(points).points if points else ()

@@ -10,7 +10,7 @@ import msgspec
 from ..cluster import Cluster
 from ..profile import HardwareProfile
 from ._agenda import MAIN_DTYPE, OVERLAP_SIDE
-from ._collective_parts import collective_fields
+from ._collective_parts import collective_fields, link_fields
 from ._compute_parts import copy_fields, launch_fields, overlap_fields, product_fields
 from ._machine import provenance_of
 from ._parts import UNSTEADY_SPREAD, Part, find_overheads
@@ -45,6 +45,7 @@ def assemble_profile(
         product_fields(known, overheads, base, MAIN_DTYPE[machine.platform]),
         overlap_fields(known, overheads, OVERLAP_SIDE[machine.platform]),
         collective_fields(known, overheads, cluster),
+        link_fields(known, overheads, cluster),
     )
     unsteady = sorted((r for r in readings if r.spread > UNSTEADY_SPREAD), key=lambda r: -r.spread)
     notes += summarize("unsteady", [f"{r.subject.text} (spread {r.spread:.0%})" for r in unsteady])

@@ -44,7 +44,9 @@ def expected_seconds(kind: CollectiveKind, group: int, size_bytes: float, link: 
 
 
 def fit_link(kind: CollectiveKind, group: int, points: Sequence[Point]) -> Link | None:
-    """Return the link that explains the times of one collective best, None when they do not rise with the bytes."""
+    """Return the link that explains the times of one collective best; None when they are too few or do not rise."""
+    if len(points) < 2:
+        return None
     line = fit_line(points)
     if line.seconds_per_byte <= 0:
         return None

@@ -11,7 +11,8 @@ from ._agenda import KINDS, OVERLAP_SIDE
 from ._collectives import collective_loop
 from ._compute import copy_loop, launch_loop, overlap_loop, product_loop
 from ._loop import Loop, platform_of
-from ._readings import COPY, LAUNCH, LOOP, MATMUL, OVERLAP, Reading, Subject, overlap_parts, product_side
+from ._messages import message_loop
+from ._readings import COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, Reading, Subject, overlap_parts, product_side
 from ._timing import MeasurementError
 
 _LAUNCHES = 32
@@ -37,6 +38,8 @@ def subject_loop(subject: Subject, readings: Mapping[Subject, Reading], devices:
     for kind in KINDS:
         if subject.what == kind:
             return collective_loop(kind, subject.size, devices, group=subject.group, stride=subject.stride)
+    if subject.what == MESSAGE:
+        return message_loop(subject.size, devices, nodes=subject.group, per_node=subject.stride)
     if subject.what in (LOOP, LAUNCH):
         return launch_loop(devices, 1 if subject.what == LOOP else _LAUNCHES)
     if subject.what == COPY:

@@ -12,9 +12,10 @@ from .._document import Document, Value
 from ..profile import Bytes, Count, NonNegative, Positive
 from ._text import format_si
 
-LOOP, LAUNCH, COPY, MATMUL, OVERLAP = "loop", "launch", "copy", "matmul", "overlap"
+LOOP, LAUNCH, COPY, MATMUL, OVERLAP, MESSAGE = "loop", "launch", "copy", "matmul", "overlap", "message"
 """Subjects that are no collective: a trip with one tiny kernel; a trip with many of them; x + 1 over a large array; a
-product of two square matrices; an all-reduce beside products that do not need it."""
+product of two square matrices; an all-reduce beside products that do not need it; a message from each device of a node
+to its partner on the next one."""
 
 
 Series = tuple[str, str, str, int, int]
@@ -26,7 +27,7 @@ class Subject(Value, frozen=True, kw_only=True, omit_defaults=True):
     what: str
     """A ``CollectiveKind`` or one of the names above."""
     size: Bytes = 0
-    """Bytes: of the whole array of the group (all-to-all, permute, copy: of the local one); FLOP for products."""
+    """Bytes: of the whole array of the group (all-to-all, permute, message, copy: the local one); FLOP for products."""
     dtype: str = ""
     """Operands of a product."""
     layer: str = ""
@@ -40,6 +41,11 @@ class Subject(Value, frozen=True, kw_only=True, omit_defaults=True):
     def series(self) -> Series:
         """What subjects that differ only in size have in common."""
         return self.what, self.dtype, self.layer, self.group, self.stride
+
+    @property
+    def has_partners(self) -> bool:
+        """Devices wait for each other in it, so that it takes now less, now more."""
+        return self.group > 1 and not self.layer
 
     @property
     def text(self) -> str:

@@ -114,7 +114,7 @@ class Runner:
             program.run(trips)
             return self.clock.now_s() - start_s
 
-        slope = measure_slope(timer, self.effort, self.agree)
+        slope = measure_slope(timer, self.effort._replace(varies=subject.has_partners), self.agree)
         return Reading(
             subject=subject,
             seconds=slope.seconds / program.operations,

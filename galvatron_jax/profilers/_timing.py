@@ -10,8 +10,10 @@ nothing about it. The slope does:
     trip = (min t(2k) - min t(k)) / k
 
 over several repetitions. Disturbances by the system only ever add time, so the minimum is the estimate that they move
-least; the slope of the medians stands beside it and their distance is reported as the spread. k is chosen so that k
-trips take a given time, long against the resolution and the jitter of the clock.
+least. Not so where the operation itself varies from call to call, as messages over a network do (windows, segments and
+waits fall differently each time): a step pays for all of them, and the minimum of twenty calls is a call that hardly
+ever comes. There the medians take the place of the minima. The distance of both slopes is reported as the spread. k is
+chosen so that k trips take a given time, long against the resolution and the jitter of the clock.
 """
 
 from __future__ import annotations
@@ -85,6 +87,8 @@ class Effort(NamedTuple):
     """Duration of the k trips."""
     repeats: int
     """Pairs of calls, with k and with 2k trips."""
+    varies: bool = False
+    """The operation itself takes now less, now more: the middle counts, not the least."""
 
     def is_long(self, trip_s: float) -> bool:
         """Tell whether a trip of ``trip_s`` seconds is so long that one call beside an empty one tells it."""
@@ -100,7 +104,7 @@ class Slope(NamedTuple):
 
     seconds: float
     spread: float
-    """Distance between the slopes of the minima and of the medians, as a share of the former."""
+    """Distance between the slopes of the minima and of the medians, as a share of the one that counts."""
     trips: int
     """k."""
 
@@ -125,12 +129,13 @@ def measure_slope(timer: Timer, effort: Effort, agree: Agree = alone) -> Slope:
     trips, trip_s = _choose_trips(timer, effort.target_s, agree)
     if effort.is_long(trip_s):
         again_s = agree(timer(1))
-        return Slope(min(trip_s, again_s), abs(trip_s - again_s) / trip_s, 1)
+        middle_s = (trip_s + again_s) / 2
+        return Slope(middle_s if effort.varies else min(trip_s, again_s), abs(trip_s - again_s) / trip_s, 1)
     best: Slope | None = None
     for _ in range(ATTEMPTS):
         # by turns, so that a slow spell of the machine meets both
         times = [(timer(trips), timer(2 * trips)) for _ in range(effort.repeats)]
-        slope = _slope(times, trips, agree)
+        slope = _slope(times, trips, effort, agree)
         if slope is not None and (best is None or slope.spread < best.spread):
             best = slope
         if best is not None and best.spread <= STEADY_SPREAD:
@@ -146,14 +151,13 @@ def measure_slope(timer: Timer, effort: Effort, agree: Agree = alone) -> Slope:
     return best
 
 
-def _slope(times: list[tuple[float, float]], trips: int, agree: Agree) -> Slope | None:
+def _slope(times: list[tuple[float, float]], trips: int, effort: Effort, agree: Agree) -> Slope | None:
     """Return the slope of pairs of calls with k and 2k trips, None when it is not positive."""
     once, twice = zip(*times, strict=True)
-    slope = agree((min(twice) - min(once)) / trips)
-    if slope <= 0:
-        return None
+    least = agree((min(twice) - min(once)) / trips)
     middle = agree((statistics.median(twice) - statistics.median(once)) / trips)
-    return Slope(slope, abs(middle - slope) / slope, trips)
+    slope = middle if effort.varies else least
+    return Slope(slope, abs(middle - least) / slope, trips) if slope > 0 else None
 
 
 def _choose_trips(timer: Timer, target_s: float, agree: Agree) -> tuple[int, float]:

@@ -82,7 +82,18 @@ def test_bytes_cross_at_the_rate_of_the_link(nodes: EmulatedCluster, factor: int
 def test_message_that_follows_a_pause_is_not_free(nodes: EmulatedCluster) -> None:
     result = nodes.run([sys.executable, "-c", SENDER.format(size=50_000)], limit_s=40)
     assert not result.failed, result
-    assert float(result.nodes[0].log.split()[-1]) > 0.9 * 0.05  # its first 5 kB are
+    # its first 5 kB are; and beside other work the receiver's clock starts up to a tick (4 ms) late
+    assert float(result.nodes[0].log.split()[-1]) > 0.8 * 0.05
+
+
+@needs_nodes
+def test_threads_of_a_node_do_not_displace_each_other(nodes: EmulatedCluster) -> None:
+    """Else gloo's thread spins on a lock whose holder it has put off the core, and collectives take ticks."""
+    code = (
+        "import os, threading; f = lambda: print(os.sched_getscheduler(0)); t = threading.Thread(target=f); t.start()"
+    )
+    result = nodes.run([sys.executable, "-c", code], limit_s=20)
+    assert [node.log.split() for node in result.nodes] == [[str(os.SCHED_BATCH)]] * 2
 
 
 @needs_nodes

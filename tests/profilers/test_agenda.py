@@ -7,7 +7,7 @@ import pytest
 from galvatron_jax.cluster import divisors, parse_cluster
 from galvatron_jax.errors import ClusterError
 from galvatron_jax.profilers._agenda import KINDS, DeviceGroup, device_groups, hardware_agenda
-from galvatron_jax.profilers._readings import LAUNCH, LOOP, MATMUL, OVERLAP, product_flops, product_side
+from galvatron_jax.profilers._readings import LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, product_flops, product_side
 from galvatron_jax.units import KIB, MIB
 
 
@@ -63,6 +63,23 @@ def test_quick_agenda_is_shorter_and_has_every_group_size() -> None:
     places = {(g.size, g.inside_node) for g in device_groups(cluster)}
     measured = {(s.group, 4 % (s.group * s.stride) == 0) for s in quick if s.what == "all-gather"}
     assert measured == places
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_messages_between_nodes_come_before_collectives(quick: bool) -> None:
+    agenda = hardware_agenda(parse_cluster("3x4"), "cpu", quick=quick)
+    messages = [n for n, subject in enumerate(agenda) if subject.what == MESSAGE]
+    assert {(agenda[n].group, agenda[n].stride) for n in messages} == {(3, 4)}
+    assert max(messages) < min(n for n, s in enumerate(agenda) if s.what == "all-gather")
+    assert not [s for s in hardware_agenda(parse_cluster("1x4"), "cpu", quick=quick) if s.what == MESSAGE]
+
+
+def test_sizes_in_between_are_measured_over_several_nodes_only() -> None:
+    agenda = hardware_agenda(parse_cluster("2x2"), "cpu", quick=False)
+    sizes = {
+        g: {s.size for s in agenda if s.what == "all-reduce" and (s.group, s.stride) == g} for g in ((2, 1), (2, 2))
+    }
+    assert sizes[2, 2] - sizes[2, 1] == {32 * KIB, 256 * KIB}
 
 
 def test_agenda_of_one_device_has_no_collectives() -> None:

@@ -16,7 +16,7 @@ from galvatron_jax.profilers._agenda import KINDS, OVERLAP_BYTES, OVERLAP_SIDE, 
 from galvatron_jax.profilers._hardware import Assembly, assemble_profile
 from galvatron_jax.profilers._links import bus_factor, expected_seconds, fit_link, ring_steps
 from galvatron_jax.profilers._parts import find_overheads
-from galvatron_jax.profilers._readings import COPY, LAUNCH, LOOP, MATMUL, OVERLAP, Reading, product_flops
+from galvatron_jax.profilers._readings import COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, Reading, product_flops
 from galvatron_jax.profilers._report import plain_table, report_rows
 
 from .fakes import MACHINE, reading
@@ -168,6 +168,24 @@ def test_assembly_has_one_table_for_each_kind_group_and_place(profile: HardwareP
         link = INTRA if table.inside_node else INTER
         for size, seconds in zip(table.sizes_bytes, table.times_s, strict=True):
             assert seconds == pytest.approx(expected_seconds(table.kind, table.group, size, link))
+
+
+def test_messages_tell_the_link_between_nodes_not_what_gathers_make_of_it() -> None:
+    nodes, node = CLUSTER.nodes, CLUSTER.gpus_per_node
+    sizes = (1 << 10, 1 << 16, 1 << 20)
+    gathers = [
+        reading(3 * expected_seconds("all-gather", nodes, s, INTER), "all-gather", size=s, group=nodes, stride=node)
+        for s in sizes
+    ]
+    messages = [
+        reading(INTER.latency_s + s / INTER.bandwidth_bytes_per_s, MESSAGE, size=s, group=nodes, stride=node)
+        for s in sizes
+    ]
+    found = assemble([*gathers, *messages]).profile
+    assert found.inter_node.bandwidth_bytes_per_s == pytest.approx(INTER.bandwidth_bytes_per_s, rel=1e-6)
+    assert found.inter_node.latency_s == pytest.approx(INTER.latency_s, rel=1e-6)
+    assert "messages" in found.sources["inter_node"]
+    assert {table.kind for table in found.collectives} == {"all-gather"}
 
 
 def test_table_is_the_slowest_placement() -> None:

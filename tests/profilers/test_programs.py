@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import jax
@@ -18,7 +19,7 @@ from galvatron_jax.profilers._compute import launch_loop, product_loop
 from galvatron_jax.profilers._hlo import count_in_loop
 from galvatron_jax.profilers._loop import LOCAL, group_mesh, steps_in_trip
 from galvatron_jax.profilers._programs import subject_loop
-from galvatron_jax.profilers._readings import MATMUL, OVERLAP, Subject, product_flops
+from galvatron_jax.profilers._readings import MATMUL, MESSAGE, OVERLAP, Subject, product_flops
 from galvatron_jax.profilers._timing import MeasurementError
 from galvatron_jax.units import KIB, MIB
 
@@ -105,6 +106,23 @@ def test_program_for_every_subject_of_a_quick_agenda_runs() -> None:
     assert OVERLAP in {subject.what for subject in small}
     for subject in small:
         subject_loop(subject, known, devices).run(1)
+
+
+@pytest.mark.parametrize("nodes", [2, 4])
+def test_messages_go_there_and_back_between_every_second_node_and_the_next(nodes: int) -> None:
+    per_node = len(jax.devices()) // nodes
+    subject = Subject(what=MESSAGE, size=4 * KIB, group=nodes, stride=per_node)
+    loop = subject_loop(subject, {}, jax.devices())
+    assert loop.operations == 2
+    ids = [[per_node * node + d for d in range(per_node)] for node in range(nodes)]
+    pairs = {(a, b) for k in range(0, nodes, 2) for a, b in zip(ids[k], ids[k + 1], strict=True)}
+    found = [
+        {(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", line.split("source_target_pairs=")[1])}
+        for line in loop.text.splitlines()
+        if "source_target_pairs=" in line
+    ]
+    assert found == [pairs, {(b, a) for a, b in pairs}]
+    loop.run(3)
 
 
 def test_overlap_holds_twice_the_compute_of_its_all_reduce() -> None:

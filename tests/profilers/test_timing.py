@@ -38,6 +38,26 @@ def test_outliers_in_some_calls_do_not_change_the_slope() -> None:
     assert measure_slope(program.timer, EFFORT).seconds == pytest.approx(0.02, rel=1e-8)
 
 
+def test_operation_that_varies_counts_with_its_middle() -> None:
+    """Messages over a network: one call in five is quick by chance, most pay a wait, one pays many."""
+    warm, delays = [0.0] * 4, [4e-3, 8e-3, 0, 8e-3, 4e-3, 0, 4e-3, 8e-3, 0.05, 0.09]  # once and twice, by turns
+    slopes = {
+        varies: measure_slope(
+            FakeProgram(FakeClock(), 0.02, call_s=1e-3, delays_s=[*warm, *delays]).timer, EFFORT._replace(varies=varies)
+        )
+        for varies in (False, True)
+    }
+    assert slopes[False].seconds == pytest.approx(0.02, rel=1e-8)
+    assert slopes[True].seconds == pytest.approx(0.024, rel=1e-8)
+    assert slopes[True].spread == pytest.approx(1 / 6)
+
+
+def test_very_long_operation_that_varies_is_the_mean_of_two_calls() -> None:
+    program = FakeProgram(FakeClock(), trip_s=2.0, call_s=1e-3, delays_s=[0.0, 0.0, 0.0, 0.1])
+    slope = measure_slope(program.timer, EFFORT._replace(varies=True))
+    assert slope.seconds == pytest.approx(2.05, rel=1e-3)
+
+
 def test_first_call_is_a_warm_up() -> None:
     program = FakeProgram(FakeClock(), 0.02, delays_s=[30.0])
     assert measure_slope(program.timer, EFFORT).seconds == pytest.approx(0.02, rel=1e-8)
