@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -65,6 +66,17 @@ def test_simulate_equal_stages_takes_the_closed_form(name: str, count: int, micr
     assert timeline.bubble_s == pytest.approx([(count - 1) * 3.0] * count)
 
 
+@pytest.mark.parametrize("chunks", [2, 3])
+@pytest.mark.parametrize("slices", range(2, 10))
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_simulate_interleaved_stages_that_meet_take_the_closed_form(slices: int, groups: int, chunks: int) -> None:
+    """Narayanan et al. 2021, section 2.2.2: what free messages take, so no order of messages that meet is shorter."""
+    microbatches, stages = groups * slices, slices * chunks
+    schedule = build_schedule("interleaved-1f1b", slices, microbatches, chunks)
+    timeline = simulate(schedule, [stage(1.0, 2.0)] * stages, [Crossing(0.0)] * (stages - 1))
+    assert timeline.step_time_s == (microbatches * chunks + slices - 1) * 3.0
+
+
 def test_simulate_messages_between_nodes_hold_both_sides() -> None:
     timeline = simulate(build_schedule("1f1b", 2, 2), [stage(), stage()], [Crossing(0.5)])
     first = 1 + 0.5 + 1  # the second forward of slice 0 and the first of slice 1, side by side
@@ -99,6 +111,69 @@ def test_simulate_schedule_that_waits_for_itself_raises() -> None:
     backward_first = ((Action("backward", 0), Action("forward", 0)), (Action("forward", 0), Action("backward", 0)))
     with pytest.raises(PlanError, match="can never finish"):
         simulate(backward_first, [stage(), stage()], [Crossing(0.0)])
+
+
+SHORTEST_ENOUGH = {(2, 2): 1.0, (2, 4): 1.0, (3, 3): 1.03}
+"""(Slices, microbatches) of two chunks, and how much longer than under the best order for it a step may be, messages of
+up to 0.3 of a forward pass: one order for all lengths is not the best for each (docs/design/0083)."""
+
+
+@pytest.mark.parametrize("message_s", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("case", SHORTEST_ENOUGH)
+def test_an_interleaved_order_is_held_against_all_others(case: tuple[int, int], message_s: float) -> None:
+    slices, microbatches = case
+    schedule = build_schedule("interleaved-1f1b", slices, microbatches, 2)
+    timeline = simulate(schedule, [stage(1.0, 2.0)] * 2 * slices, [Crossing(message_s)] * (2 * slices - 1))
+    best = shortest(schedule, 2 * slices, message_s)
+    assert best - 1e-9 <= timeline.step_time_s <= SHORTEST_ENOUGH[case] * best + 1e-9
+
+
+Progress = tuple[tuple[int, ...], frozenset[Transfer]]
+"""How many actions each slice has done, and the messages that are made and not there yet."""
+
+
+def shortest(schedule: Schedule, stages: int, message_s: float) -> float:
+    """The step time under the best order of all: every one is tried, clocks that are later everywhere left out."""
+    slices, last = len(schedule), 0.0
+    reached: dict[Progress, set[tuple[float, ...]]] = {((0,) * slices, frozenset()): {(0.0,) * slices}}
+    while reached:
+        found: dict[Progress, set[tuple[float, ...]]] = {}
+        for progress, clocks in reached.items():
+            last = min(max(clock) for clock in clocks)
+            for following, event in possible(schedule, stages, progress):
+                at, took = set(slices_of(event, slices)), message_s
+                if isinstance(event, Compute):
+                    took = 1.0 if event.phase == "forward" else 2.0
+                for clock in clocks:
+                    end = max(clock[s] for s in at) + took
+                    found.setdefault(following, set()).add(tuple(end if s in at else clock[s] for s in range(slices)))
+        reached = {
+            progress: {c for c in clocks if not any(below(o, c) for o in clocks)} for progress, clocks in found.items()
+        }
+    return last
+
+
+def possible(schedule: Schedule, stages: int, progress: Progress) -> Iterator[tuple[Progress, Event]]:
+    """What can happen next, and how far that is."""
+    done, sent = progress
+    slices = len(schedule)
+    made = {Compute(a.chunk * slices + s, a.phase, a.microbatch) for s in range(slices) for a in schedule[s][: done[s]]}
+    for transfer in sent:
+        yield (done, sent - {transfer}), transfer
+    for s in range(slices):
+        for action in schedule[s][done[s] : done[s] + 1]:
+            event = Compute(action.chunk * slices + s, action.phase, action.microbatch)
+            step = 1 if action.phase == "forward" else -1
+            source, target = event.stage - step, event.stage + step
+            taken = Transfer(source, event.stage, event.phase, event.microbatch)
+            if 0 <= source < stages and (taken.maker not in made or taken in sent):
+                continue
+            sends = {Transfer(event.stage, target, event.phase, event.microbatch)} if 0 <= target < stages else set()
+            yield ((*done[:s], done[s] + 1, *done[s + 1 :]), sent | sends), event
+
+
+def below(clock: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return clock != other and all(a <= b for a, b in zip(clock, other, strict=True))
 
 
 @given(pipelines())
