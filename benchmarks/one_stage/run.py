@@ -1,6 +1,8 @@
 """Overhead of the runtime's one-stage step against a hand-written one, and compile time against depth.
 
-python benchmarks/one_stage/run.py time [N [FOURS]]  step time on 8 (or N) virtual CPU devices, in pairs (``paired.py``)
+python benchmarks/one_stage/run.py time [N [FOURS [STARTS]]]  step time on 8 (or N) virtual CPU devices, in pairs, in
+                                             processes of their own (``paired.py``)
+python benchmarks/one_stage/run.py same [N [FOURS [STARTS]]]  the hand-written step against itself: what a ratio can say
 python benchmarks/one_stage/run.py program   the same two programs as compiled: FLOP, bytes, kernels, collectives
 python benchmarks/one_stage/run.py memory    the same two programs compiled for 8 H100 without a GPU: bytes at the peak
 python benchmarks/one_stage/run.py depth     trace, lowering and compile time and program length for 8 to 128 layers
@@ -18,6 +20,7 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +37,7 @@ import optax  # noqa: E402
 from flax import nnx  # noqa: E402
 from hand_written import make_step  # noqa: E402
 from jax.sharding import AxisType, Mesh  # noqa: E402
-from paired import paired_times  # noqa: E402
+from paired import paired_times, pooled  # noqa: E402
 
 from galvatron_jax.analysis import analyse_model  # noqa: E402
 from galvatron_jax.cluster import Cluster  # noqa: E402
@@ -42,7 +45,15 @@ from galvatron_jax.models import Llama, LlamaConfig, next_token_loss  # noqa: E4
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, check_plan, model_reference  # noqa: E402
 from galvatron_jax.runtime import StagePrograms, compiler_options, plan_model, stage_mesh  # noqa: E402
 
-DEVICES = 8
+DEVICES, LIMIT_S = 8, 600.0
+KEPT_HEAP = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+"""glibc keeps freed memory. Else the temporary arrays of each step on CPU devices are new pages, 17 000 faults in a
+step of 0.25 s of either program, whose time wanders more than what is asked for. (On GPUs XLA keeps its memory.)"""
 PLANS = {"fsdp": Strategy(dp=8, zero=3, remat="full"), "dp": Strategy(dp=8, remat="full")}
 TENSOR, SUMMED = Strategy(tp=2, dp=4, remat="full"), Strategy(dp=8, zero=2)
 MIXED = {
@@ -91,25 +102,55 @@ def hand(config: LlamaConfig, devices: Any, *, sharded: bool) -> Any:
     return make_step(config, mesh, optax.adamw(1e-3), sharded=sharded)
 
 
-def measure_time(devices: str = str(DEVICES), fours: str = "25") -> None:
-    """Time both steps in turn: as many fours of steps of each plan; two samples on each device."""
-    count = int(devices)
-    rng, batch, some = np.random.default_rng(0), 2 * count, jax.devices()[:count]
-    tokens = rng.integers(0, SMALL.vocab, (batch, SMALL.seq + 1), dtype=np.int32)
+def measure_time(devices: str = str(DEVICES), fours: str = "25", starts: str = "3", *, what: str = "ours") -> None:
+    """Time both steps in turn in processes of their own: as many fours of steps of each plan and process."""
+    pairs = [(what, "hand-written"), ("hand-written", what)]
+    found = [_pair_in_process(devices, fours, *pairs[turn % 2]) for turn in range(int(starts))]
+    for name in PLANS:
+        # What was built first stands first; a is always ours.
+        sides = [[pair[:: -1 if turn % 2 else 1] for pair in start[name]] for turn, start in enumerate(found)]
+        report(what=f"time (a: {what}, b: hand-written)", plan=name, devices=int(devices), **pooled(sides))
+
+
+def measure_same(devices: str = str(DEVICES), fours: str = "25", starts: str = "3") -> None:
+    """Time the hand-written step against a second build of itself, as ``measure_time`` does."""
+    measure_time(devices, fours, starts, what="hand-written")
+
+
+def _pair_in_process(*arguments: str) -> dict[str, Any]:
+    """Return what ``measure_pair`` says in a process of its own."""
+    command = [sys.executable, __file__, "pair", *arguments]
+    found: dict[str, Any] = json.loads(
+        subprocess.check_output(command, env={**os.environ, **KEPT_HEAP}, timeout=LIMIT_S)
+    )
+    return found
+
+
+def measure_pair(devices: str, fours: str, *sides: str) -> None:
+    """Print the seconds of each four of two ``sides`` for each plan, built in their order; two samples a device."""
+    count, found = int(devices), {}
     for name, strategy in PLANS.items():
-        everywhere = [msgspec.structs.replace(strategy, dp=count)] * (SMALL.layers + 2)
-        programs, _ = ours(SMALL, everywhere, some, batch)
-        mine = programs.create(programs.model.share.analysis.trace.model.build)
-        fed = programs.place_batch([tokens[:, :-1], tokens[:, 1:]])
-        step, abstract, place = hand(SMALL, some, sharded=strategy.zero == 3)
-        theirs = jax.device_put(
-            jax.tree.map(lambda x: np.asarray(0.02 * rng.normal(size=x.shape), x.dtype), abstract),
-            jax.tree.map(lambda x: x.sharding, abstract),
-        )
-        given = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}, place)
-        sides = [_steps(programs.train, mine, fed), _steps(step, theirs, given)]
-        found = paired_times(*sides, int(fours))
-        report(what="time (a: ours, b: hand-written)", plan=name, devices=count, **found)
+        tokens = np.random.default_rng(0).integers(0, SMALL.vocab, (2 * count, SMALL.seq + 1), dtype=np.int32)
+        given = msgspec.structs.replace(strategy, dp=count), jax.devices()[:count], [tokens[:, :-1], tokens[:, 1:]]
+        steps = [_our_steps(*given) if side == "ours" else _hand_steps(*given) for side in sides]
+        found[name] = paired_times(*steps, int(fours))
+    print(json.dumps(found))
+
+
+def _our_steps(strategy: Strategy, devices: Any, batch: list[Any]) -> Callable[[], None]:
+    programs, _ = ours(SMALL, [strategy] * (SMALL.layers + 2), devices, len(batch[0]))
+    state = programs.create(programs.model.share.analysis.trace.model.build)
+    return _steps(programs.train, state, programs.place_batch(batch))
+
+
+def _hand_steps(strategy: Strategy, devices: Any, batch: list[Any]) -> Callable[[], None]:
+    step, abstract, place = hand(SMALL, devices, sharded=strategy.zero == 3)
+    rng = np.random.default_rng(0)
+    state = jax.device_put(
+        jax.tree.map(lambda x: np.asarray(0.02 * rng.normal(size=x.shape), x.dtype), abstract),
+        jax.tree.map(lambda x: x.sharding, abstract),
+    )
+    return _steps(step, state, jax.device_put(dict(zip(("inputs", "targets"), batch, strict=True)), place))
 
 
 def _steps(train: Callable[..., Any], state: Any, batch: Any) -> Callable[[], None]:
@@ -235,7 +276,7 @@ def report(**found: Any) -> None:
 
 if __name__ == "__main__":
     measures: dict[str, Callable[..., None]] = {
-        "time": measure_time, "program": measure_program, "memory": measure_memory,
-        "depth": measure_depth, "mixed": measure_mixed, "dispatch": measure_dispatch,
+        "time": measure_time, "same": measure_same, "pair": measure_pair, "program": measure_program,
+        "memory": measure_memory, "depth": measure_depth, "mixed": measure_mixed, "dispatch": measure_dispatch,
     }  # fmt: skip
     measures[sys.argv[1]](*sys.argv[2:])
