@@ -20,6 +20,8 @@ rows are moved:
     z divides the looked-up dimension    all-gather of rows and indices over z
     z divides another one                all-to-all of rows over z, all-gather of indices
 
+What another layer keeps elsewhere (``_keepers``) is reduced whole over R, and gathered over the tensor ranks.
+
 With several microbatches, zero 0 and 1 reduce *once* a step, and so replicas meet: the accumulated sum, in the storage
 dtype. What mixes samples is reduced in every microbatch at all levels.
 """
@@ -28,13 +30,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
 
-from ..plan import Strategy, zero_dim
+from ..plan import Strategy
 from ..profile import BATCH, SEQ, CollectiveKind, LayerKind, Lookup, Parameter
+from ._keepers import Reading, read_parameters
 
 
 class Reduction(NamedTuple):
@@ -48,7 +51,13 @@ class Reduction(NamedTuple):
 
 
 def gradient_reductions(
-    kind: LayerKind, strategy: Strategy, microbatch: int, *, accumulates: bool, merged: bool, borrows: bool = False
+    kind: LayerKind,
+    strategy: Strategy,
+    microbatch: int,
+    readings: Iterable[Reading] = (),
+    *,
+    accumulates: bool,
+    merged: bool,
 ) -> tuple[Reduction, ...]:
     """Return the reductions of all gradients of a layer.
 
@@ -56,17 +65,17 @@ def gradient_reductions(
         kind: The layer kind.
         strategy: Its strategy.
         microbatch: Samples over all ranks.
+        readings: Its parameters and who keeps them; none: it keeps them all.
         accumulates: Gradients of several microbatches are summed up.
         merged: Partial results are added up before they are reduced.
-        borrows: A layer before on the same stage keeps the tied parameters.
     """
     gradients, totals = (
         _Gradients(kind, strategy, microbatch, accumulates, merged),
         defaultdict[Reduction, float](float),
     )
-    for parameter in kind.parameters:
-        for reduction in gradients.reductions(parameter):
-            if reduction.once and parameter.tied and borrows:
+    for reading in list(readings) or next(read_parameters([(kind, strategy)])):
+        for reduction in gradients.reductions(reading):
+            if reduction.once and reading.keeper is not reading.own:
                 continue  # the accumulated sum of all layers that hold it: the first of them reduces it
             totals[reduction._replace(bytes=0.0)] += reduction.bytes
     return tuple(key._replace(bytes=size) for key, size in totals.items() if size)
@@ -87,12 +96,15 @@ class _Gradients:
         self._shards = self._candidate.shards(strategy.tp, kind.classes) if self._candidate else {}
         self._sums_before = any(collective.gradient for collective in kind.data)
 
-    def reductions(self, parameter: Parameter) -> Iterator[Reduction]:
-        s = self._strategy
-        deferred = parameter.per_sample and is_deferred(s, accumulates=self._accumulates)
-        dim = zero_dim(parameter, self._kind.classes, self._shards, s.zero_ranks) if s.zero else None
+    def reductions(self, reading: Reading) -> Iterator[Reduction]:
+        s, parameter = self._strategy, reading.own.parameter
+        deferred = parameter.per_sample and reading.agreed and is_deferred(s, accumulates=self._accumulates)
+        dim = reading.own.zero_dim if s.zero and reading.scatters else None
         kind: CollectiveKind = "all-reduce" if dim is None else "reduce-scatter"
-        if s.replicas == 1 or not parameter.per_sample:
+        for gather in reading.gradient_gathers if self._meets(parameter) else ():
+            yield Reduction("all-gather", gather.ranks, deferred, gather.bytes)
+        apart = reading.agreed if self._accumulates else reading.scatters
+        if s.replicas == 1 or not parameter.per_sample or not apart:
             whole = self._each(parameter, parameter.sums, deferred=deferred)
             yield Reduction(kind if s.replicas == 1 else "all-reduce", s.dp * s.ulysses, deferred, whole)
             return

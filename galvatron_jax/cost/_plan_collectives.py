@@ -6,8 +6,8 @@ Listed for one microbatch's forward and backward pass, layer by layer:
                the kv heads, or Ulysses; a recomputed forward pass runs some of them again
     data       of sharding the batch over the dp ranks, parameter gradients left out (the mean of the loss)
     weights    zero 3 gathers the parameters that its ranks divide, in forward and, those that the backward pass reads
-               (``Parameter.reread``), in backward, in the compute dtype; a tied one not again in forward where the
-               layer that holds it has its weights in the same places and nobody casts it (``_is_gathered_once``)
+               (``Parameter.reread``), in backward, in the compute dtype; what several layers read comes from the layer
+               that keeps it (``_keepers``), once in forward if nobody casts it
     gradient   reductions of parameter gradients (``_gradient_collectives``); with several microbatches some of them run
                *once* a step
     relayout   between neighbours of a stage (``_stream.relayout_steps``), and between its ends and the wire to other
@@ -17,25 +17,29 @@ Listed for one microbatch's forward and backward pass, layer by layer:
 A partitioner may spell a reduce-scatter as an all-reduce of the same bytes and a slice (XLA:CPU always does, XLA:GPU
 where it does not recognise the pair), so all-reduce and reduce-scatter are comparable in sum. Not listed: what crosses
 stages, the optimizer's own (the global norm for clipping), and the gather of updated parameters under zero 1 and 2.
-Tied parameters are listed by the strategy of the layer that uses them.
+What moves a shared parameter is listed with the layer that uses it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from ..plan import Plan, Strategy, check_plan, zero_dim
+from ..plan import Plan, Strategy, check_plan
 from ..profile import BATCH, CollectiveKind, LayerKind, ModelProfile, Parameter, Phase
 from ._gradient_collectives import gradient_reductions, is_deferred
+from ._keepers import Gather, Reading, read_parameters
 from ._stream import relayout_steps, stream_arrays, wire_layout
 from ._value_collectives import StandingValues
 from ._values import Shares
-from ._weights import Spread
 from ._work import SpreadCollective, data_collectives, inner_collectives, runs_again
 
 Cause = Literal["tensor", "data", "weights", "gradient", "relayout"]
+
+_Moved = tuple[int, bool]
+"""A value that was gathered: who keeps it (``Held``, by identity), and whether tensor shards were."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,18 +79,19 @@ def plan_collectives(
     """
     check_plan(plan, model)
     found: list[PlannedCollective] = []
-    position = 0
+    position, shared_out = 0, 2 if plan.microbatches > 1 and len(plan.stages) > 1 else 1
     for s, stage in enumerate(plan.stages):
         wire = wire_layout(plan.cluster, stage.devices, plan.microbatch_size)
         before = wire if s else None
-        held, beside = set[Spread](), StandingValues(plan.microbatch_size)
-        for name, strategy in stage.layers():
-            layer = _PlannedLayer.of(plan, position, model.kind(name), strategy)
+        moved, beside = set[_Moved](), StandingValues(plan.microbatch_size)
+        layers = [(model.kind(name), strategy) for name, strategy in stage.layers()]
+        for (kind, strategy), readings in zip(layers, read_parameters(layers, shared_out=shared_out), strict=True):
+            layer = _PlannedLayer.of(plan, position, kind, strategy)
             found += layer.relayout(before) if before else ()
             found += layer.moves(beside)
             found += layer.activations(merged=sums_before_reducing)
-            found += layer.weights(merged=sums_before_reducing, held=held)
-            held.add(Spread.of(strategy))
+            found += layer.gathers(readings, moved)
+            found += layer.reductions(readings, merged=sums_before_reducing)
             before, position = strategy, position + 1
         if before and s + 1 < len(plan.stages):
             taker = model.kind(plan.stages[s + 1].runs[0].kind)
@@ -105,13 +110,11 @@ class _PlannedLayer:
     microbatch: int
     accumulates: bool
     """Gradients of several microbatches are summed up."""
-    borrows: bool
-    """A layer before on the same stage keeps its tied parameters."""
 
     @classmethod
     def of(cls, plan: Plan, position: int, kind: LayerKind, strategy: Strategy) -> _PlannedLayer:
         """Return the layer at a position of ``plan``."""
-        return cls(position, kind, strategy, plan.microbatch_size, plan.microbatches > 1, len(plan.stages) == 1)
+        return cls(position, kind, strategy, plan.microbatch_size, plan.microbatches > 1)
 
     def relayout(self, before: Strategy) -> Iterator[PlannedCollective]:
         """Yield what brings the stream from the layer before, and its cotangent back."""
@@ -137,34 +140,32 @@ class _PlannedLayer:
         data = (c for c in data_collectives(self.kind, self.strategy) if not (deferred and c.collective.gradient))
         yield from self._of_passes(data, "data", merged)
 
-    def weights(self, *, merged: bool, held: Container[Spread]) -> Iterator[PlannedCollective]:
-        """Yield the gathers of parameters and the reductions of their gradients.
+    def gathers(self, readings: Iterable[Reading], moved: set[_Moved]) -> Iterator[PlannedCollective]:
+        """Yield the gathers of parameters.
 
         Args:
-            merged: Partial results are added up before they are reduced.
-            held: How weights lie in the layers before, which have gathered tied parameters.
+            readings: The layer's parameters.
+            moved: What earlier layers gathered in forward; what this one does is added.
         """
-        spread = Spread.of(self.strategy)
-        if spread.ranks == 1 or not self.kind.parameters:
-            return
-        if spread.zero >= 3:
-            ways: tuple[tuple[Phase, Callable[[Parameter], bool]], ...] = (
-                ("forward", lambda p: not (_is_gathered_once(p) and spread in held)),
-                ("backward", self._is_reread),
-            )
-            for phase, counts in ways:
-                size_bytes = self._gathered_bytes(counts)
-                if size_bytes:
-                    yield self._planned("all-gather", "weights", phase, spread.zero_ranks, size_bytes)
-        reductions = gradient_reductions(
-            self.kind,
-            self.strategy,
-            self.microbatch,
-            accumulates=self.accumulates,
-            merged=merged,
-            borrows=self.borrows,
+        ways: tuple[tuple[Phase, Callable[[Reading, Gather], bool]], ...] = (
+            ("forward", lambda reading, gather: _is_fresh(reading, gather, moved)),
+            ("backward", lambda reading, _: self._is_reread(reading.own.parameter)),
         )
-        for r in reductions:
+        for phase, counts in ways:
+            sizes = defaultdict[int, float](float)
+            for reading in readings:
+                for gather in reading.gathers:
+                    sizes[gather.ranks] += gather.bytes if counts(reading, gather) else 0.0
+            for ranks, size_bytes in sizes.items():
+                if size_bytes:
+                    yield self._planned("all-gather", "weights", phase, ranks, size_bytes)
+
+    def reductions(self, readings: Iterable[Reading], *, merged: bool) -> Iterator[PlannedCollective]:
+        """Yield the reductions of parameter gradients; ``merged``: partial results are added up before."""
+        found = gradient_reductions(
+            self.kind, self.strategy, self.microbatch, readings, accumulates=self.accumulates, merged=merged
+        )
+        for r in (r for r in found if r.group > 1):
             yield dataclasses.replace(self._planned(r.kind, "gradient", "backward", r.group, r.bytes), once=r.once)
 
     def _is_reread(self, parameter: Parameter) -> bool:
@@ -172,16 +173,6 @@ class _PlannedLayer:
         strategy, ulysses = self.strategy, self.kind.ulysses
         kept = ulysses.unread if ulysses and strategy.ulysses > 1 and strategy.remat == "none" else ()
         return strategy.remat in parameter.reread and parameter.path not in kept
-
-    def _gathered_bytes(self, counts: Callable[[Parameter], bool]) -> float:
-        """Bytes, in the compute dtype, of the parameters that count among those that zero can divide."""
-        candidate, ranks, sizes = self.kind.best_candidate, self.strategy.zero_ranks, self.kind.classes
-        shards = candidate.shards(self.strategy.tp, sizes) if candidate else {}
-        return sum(
-            p.array(p.compute_dtype).local_bytes(sizes, shards)
-            for p in self.kind.parameters
-            if counts(p) and zero_dim(p, sizes, shards, ranks) is not None
-        )
 
     def _of_passes(
         self, collectives: Iterable[SpreadCollective], cause: Cause, merged: bool
@@ -215,9 +206,17 @@ class _PlannedLayer:
         )
 
 
-def _is_gathered_once(parameter: Parameter) -> bool:
-    """Tell whether layers under one strategy share a gather: the partitioner moves a value once for all its readers.
+def _is_fresh(reading: Reading, gather: Gather, moved: set[_Moved]) -> bool:
+    """Tell whether no layer before gathered the same in forward: a value is moved once for all its readers.
 
-    Each layer's cast of a tied parameter is a value of its own: the compiler merges the casts, but not the gathers.
+    Each layer's cast of a parameter, or gathered copy, is a value of its own: the compiler merges the casts, but not
+    the gathers behind them.
     """
-    return parameter.tied and parameter.compute_dtype == parameter.dtype
+    parameter = reading.own.parameter
+    value = (id(reading.keeper), gather.is_whole)
+    is_second = gather != reading.gathers[0]
+    if parameter.compute_dtype != parameter.dtype or is_second:
+        return True
+    is_fresh = value not in moved
+    moved.add(value)
+    return is_fresh

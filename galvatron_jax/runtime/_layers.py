@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from ..analysis import Variable
 from ._copies import Copies, unreduced_axes, unreduced_by_parameter
 from ._cycles import Cycle, fold_runs
+from ._kept import Kept
 from ._layout import LayerLayout, Role
 from ._mesh import Axes, StageMesh
 from ._runs import Run, find_runs, private_parameters
@@ -19,6 +20,9 @@ from ._scatter import reduce_sums, reduced_shardings, united
 from ._segment import Reduction, SegmentFunction, build_segment
 from ._share import StageShare, program_leaves
 from ._slots import Slot, make_slots
+
+_FunctionKey = tuple[int, bool, Reduction, frozenset[int], tuple[tuple[int, Kept], ...]]
+"""What the function of a layer depends on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +52,21 @@ class StageLayers:
 
     def function(self, run: Run, *, in_loop: bool) -> SegmentFunction:
         """Return one layer of ``run`` as a function under its layout (see ``build_segment``)."""
-        key = (id(run.layout), in_loop, self._reduction(run), run.rows)
+        key = (id(run.layout), in_loop, self._reduction(run), run.rows, self._kept(run))
         if key not in self._functions:
-            self._functions[key] = build_segment(run.layout, in_loop=in_loop, reduction=key[2], rows=run.rows)
+            self._functions[key] = build_segment(
+                run.layout, in_loop=in_loop, reduction=key[2], rows=run.rows, kept=dict(key[4])
+            )
         return self._functions[key]
+
+    def _kept(self, run: Run) -> tuple[tuple[int, Kept], ...]:
+        """Parameters of a run's layers (by position) that are stored as another layer wants them."""
+        reduction, found = self._reduction(run), []
+        for position, index in enumerate(run.layout.kind.layer.parameters):
+            slot = self._slot_of[run.segments[0].inputs[index]]
+            if slot.layout is not None and slot.layout is not run.layout:
+                found.append((position, Kept.of(slot.layout, slot.position, reduction.role_of(position))))
+        return tuple(found)
 
     def read_outside(self, run: Run) -> set[Variable]:
         """Return what segments outside ``run`` read, and the program's results."""
@@ -66,6 +81,12 @@ class StageLayers:
         """The stored parameter arrays, in order."""
         variables = program_leaves(self.share.analysis).parameters
         return make_slots(self.mesh, self.pieces, self.share.parameters, variables)
+
+    @functools.cached_property
+    def _slot_of(self) -> dict[Variable, Slot]:
+        """The slot of each parameter, by its variable."""
+        variables = program_leaves(self.share.analysis).parameters
+        return {variables[leaf]: slot for slot in self.slots for leaf in slot.leaves}
 
     def parameter_shardings(self, role: Role) -> list[NamedSharding]:
         """Return where each stored array (or its gradient, or its optimizer state) lives."""
@@ -171,5 +192,5 @@ class StageLayers:
         return frozenset(leaf for leaf, axes in wanted.items() if len(axes) == 1 and () not in axes)
 
     @functools.cached_property
-    def _functions(self) -> dict[tuple[int, bool, Reduction, frozenset[int]], SegmentFunction]:
+    def _functions(self) -> dict[_FunctionKey, SegmentFunction]:
         return {}

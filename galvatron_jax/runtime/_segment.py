@@ -9,7 +9,7 @@ policy keeps, so neither casts nor gathered weights live from the forward to the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from ..strategy import Remat
 from ._attention import Attention
 from ._border import EXCHANGED, Border
 from ._copies import Copies, PerRank, copyable, partial_axes, unreduced_axes
+from ._kept import Kept
 from ._layout import LayerLayout, Role
 from ._mesh import Axes
 from ._products import product_orders, run_product
@@ -52,6 +53,10 @@ class Reduction:
     in_float32: bool = False
     """In the storage dtype, not in the dtype in which they are computed."""
 
+    def role_of(self, position: int) -> Role:
+        """Return where the gradient of one parameter is put; copies are nowhere shared out further than gradients."""
+        return "gradient" if position in self.spread else self.role
+
 
 def build_segment(
     layout: LayerLayout,
@@ -59,6 +64,7 @@ def build_segment(
     in_loop: bool = False,
     reduction: Reduction | None = None,
     rows: frozenset[int] = frozenset(),
+    kept: Mapping[int, Kept] | None = None,
 ) -> SegmentFunction:
     """Return the segment of ``layout.kind`` as a function under the layout's strategy.
 
@@ -70,8 +76,9 @@ def build_segment(
             keep the compiler from merging what is computed in both.
         reduction: How gradients are reduced.
         rows: Parameters (by position) that a loop takes from stacks.
+        kept: Parameters (by position) that another layer keeps, as it has them.
     """
-    weights = _Weights(layout, reduction or Reduction(), rows)
+    weights = _Weights(layout, reduction or Reduction(), rows, kept or {})
 
     def run(*inputs: Any) -> list[Any]:
         return _run_equations(layout, weights.place(inputs), weights.copies, weights.copied)
@@ -118,14 +125,18 @@ class _Weights:
     with a gradient that it makes whole.
     """
 
-    def __init__(self, layout: LayerLayout, reduction: Reduction, rows: frozenset[int]) -> None:
-        self._layout, self._reduction, self._rows = layout, reduction, rows
+    def __init__(
+        self, layout: LayerLayout, reduction: Reduction, rows: frozenset[int], kept: Mapping[int, Kept]
+    ) -> None:
+        self._layout, self._reduction, self._rows, self._kept = layout, reduction, rows, kept
         axes = given = unreduced_axes(layout) if reduction.spread else ()
         wanted: Axes = layout.replica_axes if layout.strategy.zero and not reduction.spread else ()
         wanted = partial_axes(layout) if reduction.in_float32 else wanted
         self._own = frozenset[int]()
         if wanted and reduction.spread <= (able := copyable(layout, wanted)):
             axes, self._own = wanted, able - (reduction.spread if wanted == given else frozenset())
+        if not reduction.in_float32:  # what another layer keeps elsewhere is not scattered here
+            self._own = frozenset(filter(self._scatters, self._own))
         self._given, self.copies = Copies(layout, given), Copies(layout, axes)
         self.copied = reduction.spread | self._own
 
@@ -138,18 +149,49 @@ class _Weights:
         return placed
 
     def _gather(self, weight: Any, position: int) -> Any:
-        layout = self._layout
-        parameter = layout.kind.profile.parameters[position]
-        stored = layout.stored(position, "parameter")
-        used = layout.value(layout.kind.layer.inputs[layout.kind.layer.parameters[position]])
-        if position in self._reduction.spread:
-            stored, used = self._given.place(stored), self._given.place(used)
-        return _gather(weight, parameter.compute_dtype, stored, used, is_row=position in self._rows)
+        kept, used = self._places(position)
+        if position not in self._kept:
+            return self._gathered(weight, position)
+        dtype = weight.dtype
+        use = jax.custom_vjp(lambda weight: self._gathered(weight, position))
+        use.defvjp(
+            lambda weight: (self._gathered(weight, position), None),
+            lambda _, gradient: (kept.take_back(gradient, used).astype(dtype),),
+        )
+        return use(weight)
+
+    def _gathered(self, weight: Any, position: int) -> Any:
+        kept, used = self._places(position)
+        dtype = self._layout.kind.profile.parameters[position].compute_dtype
+        if str(weight.dtype) != dtype or position in self._rows:
+            # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes. So
+            # does the row of a stack: else XLA gathers it with its leading dimension, and copies the stack and every
+            # row for it. Others stay the value that they are: layers that share a parameter share its gather
+            # (docs/design/0081).
+            weight = jax.lax.with_sharding_constraint(weight.astype(dtype), kept.stored)
+        return kept.bring(weight, used)
+
+    def _places(self, position: int) -> tuple[Kept, NamedSharding]:
+        """Return how the keeper has a parameter, and where it is used here: both of its copies, if it comes as such."""
+        kept, used = self._keeper(position), self._used(position)
+        is_spread = position in self._reduction.spread
+        return (kept.copied(self._given.place), self._given.place(used)) if is_spread else (kept, used)
+
+    def _used(self, position: int) -> NamedSharding:
+        return self._layout.value(self._layout.kind.layer.inputs[self._layout.kind.layer.parameters[position]])
+
+    def _keeper(self, position: int) -> Kept:
+        """How the layer that keeps a parameter has it: this one, unless another one does."""
+        return self._kept.get(position) or Kept.of(self._layout, position, self._reduction.role_of(position))
+
+    def _scatters(self, position: int) -> bool:
+        """Tell whether gradients are kept where this layer would have them: they are reduced right to there."""
+        return bool(self._keeper(position).gradient == self._layout.stored(position, self._reduction.role_of(position)))
 
     def _copy(self, weight: Any, position: int) -> Any:
         """Gather a parameter and copy it; backward, sum the gradients of the copies into their place."""
-        used = self._layout.value(self._layout.kind.layer.inputs[self._layout.kind.layer.parameters[position]])
-        place, dtype = self._layout.stored(position, self._reduction.role), weight.dtype
+        kept, used, dtype = self._keeper(position), self._used(position), weight.dtype
+        place = kept.gradient if self._scatters(position) else used
         parameter = self._layout.kind.profile.parameters[position]
         is_spread = position in self._reduction.spread
         # Left to itself the partitioner has tensor ranks that hold the same weight sum a part each, and exchanges the
@@ -157,14 +199,17 @@ class _Weights:
         is_summed_whole = self._layout.strategy.inner > 1 or not parameter.lookups
 
         def copied(weight: Any) -> Any:
-            whole = self._gather(weight, position)
+            whole = self._gathered(weight, position)
             return self.copies.spread_on(whole, used, self._given) if is_spread else self.copies.spread(whole, used)
 
         def backward(_: None, cotangent: Any) -> tuple[Any]:
             if is_spread:
-                return (self.copies.sum_inside(cotangent.astype(dtype), place, self._given),)
+                inside = self.copies.sum_inside(cotangent.astype(dtype), place, self._given)
+                of_copies, used_copies = self._places(position)
+                return (inside if self._scatters(position) else of_copies.take_back(inside, used_copies),)
             if self._reduction.in_float32:
-                return (self.copies.sum(cotangent.astype(dtype), place),)
+                total = self.copies.sum(cotangent.astype(dtype), place)
+                return (total if self._scatters(position) else kept.take_back(total, used),)
             if is_summed_whole:
                 cotangent = jax.lax.with_sharding_constraint(cotangent, self.copies.place(used))
             inside = jax.lax.with_sharding_constraint(cotangent, self.copies.place(place))
@@ -173,16 +218,6 @@ class _Weights:
         use = jax.custom_vjp(copied)
         use.defvjp(lambda weight: (copied(weight), None), backward)
         return use(weight)
-
-
-def _gather(weight: Any, dtype: str, stored: NamedSharding, used: NamedSharding, *, is_row: bool) -> Any:
-    """Cast, then gather."""
-    if str(weight.dtype) != dtype or is_row:
-        # The cast stays where the parameter is stored: else XLA gathers first and casts then, twice the bytes. So does
-        # the row of a stack: else XLA gathers it with its leading dimension, and copies the stack and every row for it.
-        # Others stay the value that they are: layers that share a parameter share its gather (docs/design/0081).
-        weight = jax.lax.with_sharding_constraint(weight.astype(dtype), stored)
-    return jax.lax.with_sharding_constraint(weight, used)
 
 
 def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, copied: frozenset[int]) -> list[Any]:

@@ -141,11 +141,13 @@ def test_relayout_steps_of_equal_layouts_are_none(degree: int) -> None:
 @pytest.mark.parametrize(("compute_dtype", "gathers"), [("float32", 0), ("bfloat16", 1)])
 def test_tied_parameter_is_gathered_again_by_a_layer_that_casts_it(compute_dtype: str, gathers: int) -> None:
     model = llama_like_profile(layers=1, embed=64, heads=8, head_dim=8, mlp=128, vocab=256, seq=32)
-    head = model.kind("head")
-    kernel = max(head.parameters, key=lambda p: p.array().elements(head.classes, {}))
-    tied = msgspec.structs.replace(kernel, dtype="float32", compute_dtype=compute_dtype, tied=True)
-    head = msgspec.structs.replace(head, parameters=(tied,))
-    model = msgspec.structs.replace(model, kinds=tuple(head if k.name == "head" else k for k in model.kinds))
+    (table,) = model.kind("embed").parameters
+    path = f"embed.{table.path}"  # the head knows the table by its whole path
+    tied = msgspec.structs.replace(table, path=path, dtype="float32", compute_dtype=compute_dtype, tied=True)
+    kept = msgspec.structs.replace(table, dtype="float32", compute_dtype=compute_dtype)
+    held = {"head": (tied,), "embed": (kept,)}
+    kinds = [msgspec.structs.replace(k, parameters=held.get(k.name, k.parameters)) for k in model.kinds]
+    model = msgspec.structs.replace(model, kinds=tuple(kinds))
     runs = tuple(PlanRun(kind=run.kind, count=1, strategy=Strategy(dp=8, zero=3)) for run in model.layers)
     plan = Plan(
         model=model_reference(model),

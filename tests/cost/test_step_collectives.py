@@ -9,7 +9,6 @@ from galvatron_jax.cluster import Cluster
 from galvatron_jax.cost import PlannedCollective, plan_collectives, step_collectives
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
 from galvatron_jax.profile import ModelProfile
-from tests.search.problems import with_tied_parameters
 from tests.support.toy_models import llama_like_profile
 
 
@@ -77,10 +76,12 @@ def test_tied_table_is_reduced_and_gathered_once_per_step() -> None:
     """Several microbatches under zero 1: what embedding and head add up is one sum (GPT-2 for 8 H100: exact)."""
     model = small_model()
     embed, *others, head = model.kinds
-    tied = msgspec.structs.replace(model, kinds=(embed, *others, with_tied_parameters(head)))
+    (table,) = embed.parameters
+    own = msgspec.structs.replace(table, path=f"embed.{table.path}")
+    heads = [msgspec.structs.replace(head, parameters=(msgspec.structs.replace(own, tied=t),)) for t in (False, True)]
+    models = [msgspec.structs.replace(model, kinds=(embed, *others, head)) for head in heads]
     plan = plan_for(model, 1, 4)
-    separate, shared = (step_collectives(plan, m) for m in (model, tied))
-    (kernel,) = (p for p in head.parameters if len(p.dims) == 2)
-    stored = kernel.array().local_bytes(model.kinds[-1].classes, {"vocab": 2})
+    separate, shared = (step_collectives(plan, m) for m in models)
+    stored = table.array().local_bytes(head.classes, {"vocab": 2})
     for cause in ("gradient", "weights"):
         assert total(separate, cause)[1] - total(shared, cause)[1] == stored

@@ -73,6 +73,8 @@ OTHERS = [
     ("hybrid", "mixed"),  # two groups of layers, statistics
     ("gru", "zero 3"),  # a loop in time runs its elementwise operations again
     ("gpt2", "ulysses, zero 3"),  # biases of what is exchanged and kept
+    ("t5", "sp, zero 1"),  # a tied table under two tensor degrees
+    ("albert", "mixed"),  # a shared block under three strategies
 ]
 """Models under other families of plans, each for what it has; benchmarks/zoo_collectives.py compares all."""
 
@@ -97,21 +99,40 @@ def on_one_device(name: str) -> Any:
 
 @pytest.mark.parametrize(("name", "plan_name"), CASES)
 def test_model_on_eight_devices_computes_the_same_with_the_predicted_collectives(name: str, plan_name: str) -> None:
+    assert equal_and_beyond(name, PLANS[plan_name]) == EXCUSED.get((name, plan_name), {})
+
+
+@pytest.mark.parametrize(
+    ("keeper", "reader"),
+    [
+        (Strategy(dp=8, zero=3), Strategy(tp=2, dp=4, zero=1)),  # gathered for both, sliced for the reader
+        (Strategy(tp=4, dp=2, zero=3, remat="full"), Strategy(tp=2, dp=4, sp=True)),  # whole on the way
+        (Strategy(dp=8, zero=3), Strategy(tp=8, dp=1)),  # used as it is stored
+        (Strategy(dp=8, zero=1), Strategy(dp=8, zero=3, replicas=2)),  # reduced whole, not in a group
+    ],
+)
+def test_tied_table_under_two_strategies_moves_as_predicted(keeper: Strategy, reader: Strategy) -> None:
+    last = len(analysed("pure").cut.segments) - 1
+    choose = {0: keeper, last: reader}
+    assert equal_and_beyond("pure", lambda position, _: choose.get(position, Strategy(dp=8))) == {}
+
+
+def equal_and_beyond(name: str, choose: Choose) -> Totals:
+    """Hold a model under a plan against one device; return what is compiled beyond the prediction."""
     analysis, batch = analysed(name), jax.tree.leaves(case(name).batch)
-    plan = plan_for(analysis, PLANS[plan_name])
+    plan = plan_for(analysis, choose)
     programs = programs_for(analysis, plan)
     rows = analysis.trace.rows
     state, placed = programs.adopt(*rows.apart(*fresh(name))), programs.place_batch(batch)
     gradients: Any = programs.gradients
     compiled = gradients.lower(state, placed).compile()
-    beyond = difference(compiled_totals(compiled.as_text()), predicted_totals(plan, analysis))
-    assert beyond == EXCUSED.get((name, plan_name), {})
     loss, stored = compiled(state, placed)[:2]
     leaves = to_user(programs.model.slots, stored)
     apart = jax.tree.unflatten(jax.tree.structure(rows.parameters), [leaves[i] for i in range(len(leaves))])
     got = (loss, rows.together(apart, rows.apart(*fresh(name))[1])[0])
     for a, b in zip(jax.tree.leaves(on_one_device(name)), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(b, a, rtol=case(name).tolerance, atol=case(name).tolerance)
+    return difference(compiled_totals(compiled.as_text()), predicted_totals(plan, analysis))
 
 
 @pytest.mark.parametrize(("name", "family"), OTHERS)
