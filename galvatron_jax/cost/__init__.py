@@ -25,11 +25,13 @@ from ._plan_collectives import PlannedCollective as PlannedCollective
 from ._plan_collectives import plan_collectives as plan_collectives
 from ._plan_cost import boundary_bytes as boundary_bytes
 from ._plan_cost import estimate_plan as estimate_plan
+from ._plan_cost import goes_on as goes_on
 from ._plan_cost import sample_flops as sample_flops
 from ._plan_cost import stage_setting as stage_setting
 from ._side_values import SideValue as SideValue
 from ._side_values import side_values as side_values
 from ._step_collectives import step_collectives as step_collectives
+from ._straight import MOST_STRAIGHT_LAYERS as MOST_STRAIGHT_LAYERS
 from ._stream import StreamLayout as StreamLayout
 from ._stream import estimate_relayout as estimate_relayout
 from ._stream import estimate_transfer as estimate_transfer
@@ -43,5 +45,7 @@ from ._timeline import MemoryLevel as MemoryLevel
 from ._timeline import PlanTimeline as PlanTimeline
 from ._timeline import Span as Span
 from ._timeline import plan_timeline as plan_timeline
+from ._values import LayerBytes as LayerBytes
 from ._values import LayerCost as LayerCost
 from ._values import Setting as Setting
+from ._values import Straight as Straight

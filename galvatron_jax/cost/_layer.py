@@ -26,7 +26,8 @@ from ._compiled_memory import compiled_memory
 from ._kind import weigh
 from ._memory import STATE, layer_memory, local_bytes
 from ._overlap import exposed_seconds
-from ._values import LayerCost, Setting
+from ._straight import on_straight_stage, straight_bytes
+from ._values import LayerBytes, LayerCost, Setting, Straight
 from ._weights import Spread, borrows, weight_work
 from ._work import layer_work, spread_of
 
@@ -61,7 +62,9 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
     data_b = work.backward.data_s + again.data_s
     data_b += exposed_seconds(behind_s, weights.gather_s + weights.reduce_each_s, slowdown)
     times["data_communication"] = data_f + data_b
-    memory = _compiled(kind, strategy, setting)
+    memory, apart = _compiled(kind, strategy, setting), _apart(kind, strategy, setting)
+    if setting.straight:
+        memory = on_straight_stage(memory, apart, setting.straight)
     return LayerCost(
         forward_s=forward_s + work.forward.tensor_s + data_f,
         backward_s=behind_s + work.backward.tensor_s + again.tensor_s + data_b,
@@ -72,19 +75,34 @@ def estimate_layer(kind: LayerKind, strategy: Strategy, setting: Setting) -> Lay
         live_bytes=memory["live"],
         times=times,
         memory=memory,
+        straight=apart,
     )
 
 
-def layer_bytes(kind: LayerKind, strategy: Strategy, setting: Setting) -> tuple[float, float, float]:
-    """Return (state, residual, live) bytes of ``estimate_layer`` alone, which know no cluster around the stage.
+def layer_bytes(kind: LayerKind, strategy: Strategy, setting: Setting) -> LayerBytes:
+    """Return the bytes of ``estimate_layer`` alone, which know no cluster around the stage.
 
     Args:
         kind: The layer kind, at the sequence length to price.
         strategy: A legal strategy.
-        setting: Batch, stage and hardware.
+        setting: Batch, stage and hardware, of a stage with loops.
     """
+    assert not setting.straight
     memory = _compiled(kind, strategy, setting)
-    return sum(memory[name] for name in STATE), memory["residuals"], memory["live"]
+    states = sum(memory[name] for name in STATE)
+    return LayerBytes(states, memory["residuals"], memory["live"], _apart(kind, strategy, setting))
+
+
+def _apart(kind: LayerKind, strategy: Strategy, setting: Setting) -> Straight:
+    """What a stage without a loop changes; nothing in a plan of one stage."""
+    if setting.slices == 1:
+        return Straight()
+    return straight_bytes(
+        local_bytes(kind, setting.hardware, spread_of(strategy), setting.microbatch),
+        weigh(kind, strategy.tp, strategy.zero_ranks),
+        strategy,
+        accumulates=setting.microbatches > 1,
+    )
 
 
 def _compiled(kind: LayerKind, strategy: Strategy, setting: Setting) -> dict[str, float]:

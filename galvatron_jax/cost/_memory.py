@@ -65,7 +65,7 @@ from ._kind import Weights, is_fused, summarise
 from ._memo import remembered
 from ._values import LayerCost, Shares
 
-_STACKS = 2
+STACKS = 2
 """Copies of the gradients of a loop over layers that every microbatch reduces."""
 
 STATE = ("parameters", "gradients", "optimizer")
@@ -85,6 +85,11 @@ class LocalBytes(NamedTuple):
     repeated: bool
     """It runs in a loop over layers."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether the layers before it run while its weights' gradients wait; with an embedding the pass ends."""
+        return self.stream_input > 0 and not self.repeated
+
 
 class LiveBytes(NamedTuple):
     """Bytes alive in a layer's backward pass (``profile.Live``)."""
@@ -94,7 +99,7 @@ class LiveBytes(NamedTuple):
     prefetched: float
     """0 outside a loop."""
     waiting: float
-    """0 in a loop, and where no stream comes in: there the backward pass ends, nothing runs meanwhile."""
+    """Operands of the weights' gradients."""
 
     def most(self, *, gathers: bool) -> float:
         """Return the bytes of the fullest moment, with the weights where zero 3 gathers them."""
@@ -106,10 +111,8 @@ class LiveBytes(NamedTuple):
 def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, microbatch: int) -> LocalBytes:
     """Return the bytes of activations under a spread (``_work.spread_of``) for one microbatch of the stage."""
     sums, shares = summarise(kind, is_fused(kind, hardware)), Shares.of(kind, spread, microbatch)
-    stream_input = sums.stream_input.at(shares)
-    waits = stream_input > 0 and not kind.repeated
     return LocalBytes(
-        stream_input=stream_input,
+        stream_input=sums.stream_input.at(shares),
         kept={"none": sums.residuals.at(shares), "dots": sums.residuals_dots.at(shares), "full": 0.0},
         workspace=sums.workspace.at(shares),
         gathered=sums.gathered.at(shares) if spread.sp else 0.0,
@@ -117,7 +120,7 @@ def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, mi
             remat: LiveBytes(
                 moments=tuple((arrays.at(shares), weights.at(shares)) for arrays, weights in live.moments),
                 prefetched=live.prefetched.at(shares) if kind.repeated else 0.0,
-                waiting=live.waiting.at(shares) if waits else 0.0,
+                waiting=live.waiting.at(shares),
             )
             for remat, live in sums.live.items()
         },
@@ -164,12 +167,13 @@ def layer_memory(
     temporaries = (
         live.most(gathers=zero >= 3 or borrowing) if live else _workspace(local, weights, remat, zero, borrowing)
     )
-    stacks = _STACKS if accumulates and zero >= 2 and local.repeated else 1
-    waiting = live.waiting if live and not pipelined else 0.0
+    stacks = STACKS if accumulates and zero >= 2 and local.repeated else 1
+    waiting = live.waiting if live and local.waits and not pipelined else 0.0
     read = local.kept[remat] if waiting and strategy.tp > 1 else 0.0
     return {
         "parameters": held(zero >= 3).stored,
-        "gradients": gradient * stacks if lasts else 0.0,
+        "gradients": (gradient * stacks if lasts else 0.0)
+        + (left_bytes(local, weights, strategy, accumulates=accumulates) if pipelined and local.waits else 0.0),
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
         "residuals": local.stream_input + local.kept[remat] - read + waiting,
         "live": max(0.0, temporaries + read - waiting)
@@ -177,6 +181,18 @@ def layer_memory(
         + weights.replicated.computed
         + (0.0 if lasts else gradient),
     }
+
+
+def left_bytes(local: LocalBytes, weights: Weights, strategy: Strategy, *, accumulates: bool) -> float:
+    """Return what a layer's part of the backward pass leaves until the pass ends: gradients to be reduced or added up.
+
+    Nothing where the pass has no collectives: then XLA keeps the order that needs least memory.
+    """
+    reduces = strategy.zero_ranks > 1 and strategy.zero >= (2 if accumulates else 1)
+    if not (reduces or strategy.inner > 1):
+        return 0.0
+    gradient, live = weights.replicated.computed, local.live.get(strategy.remat)
+    return min(gradient, live.waiting) if live else gradient
 
 
 def _workspace(local: LocalBytes, weights: Weights, remat: Remat, zero: int, borrowing: bool) -> float:

@@ -5,7 +5,7 @@
     step time                = ``simulate`` of the plan's schedule on the stages' times
     slice peak               = sum of states + largest sum over its stages of (microbatches in flight * residuals)
                                + largest live layer + messages
-    messages                 = two (one arriving, one leaving) per neighbour of each stage, of the size on the wire
+    messages                 = those that a stage holds at its fullest (``boundary_bytes``), of the size on the wire
     MFU                      = model FLOPs / (step time * devices * peak of the compute dtype)
 
 A slice of devices holds one stage, or several under an interleaved schedule; the largest sum is then taken over the
@@ -23,15 +23,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..plan import Plan, Prediction, Stage, StagePrediction, Strategy, check_plan
+from ..plan import Plan, Prediction, ScheduleName, Stage, StagePrediction, Strategy, check_plan
 from ..profile import HardwareProfile, ModelProfile
-from ..schedule import build_schedule, in_flight_units
+from ..schedule import build_schedule, in_flight_microbatches, in_flight_units
 from ._compute import CAUSAL_SHARE, matmul_peak
 from ._kind import summarise
 from ._layer import estimate_layer
 from ._memory import slice_memory
 from ._pipeline import Crossing, StageTime, simulate
 from ._side_values import side_values
+from ._straight import straight_layers
 from ._stream import (
     estimate_relayout,
     estimate_transfer,
@@ -92,16 +93,24 @@ def sample_flops(model: ModelProfile) -> float:
     return total
 
 
-def boundary_bytes(plan_stages: int, stage: int, wire_bytes: float) -> float:
-    """Return the bytes of message buffers of one stage.
+def boundary_bytes(plan_stages: int, stage: int, wire_bytes: float, *, goes_on: bool) -> float:
+    """Return the bytes of the messages that a stage holds when it is fullest, at its first backward pass.
+
+    The cotangent of what it sent, and what arrived for the next forward pass, if there is one. (A test compares with
+    the step played event by event, as ``verify`` does.)
 
     Args:
         plan_stages: Number of stages.
         stage: Which of them.
         wire_bytes: One message on one device.
+        goes_on: Forward passes are left when it is fullest.
     """
-    neighbours = (stage > 0) + (stage < plan_stages - 1)
-    return 2 * neighbours * wire_bytes
+    return ((stage < plan_stages - 1) + (stage > 0 and goes_on)) * wire_bytes
+
+
+def goes_on(schedule: ScheduleName, slice_: int, slices: int, microbatches: int, chunks: int) -> bool:
+    """Return whether a slice has forward passes left when it is fullest."""
+    return chunks > 1 or in_flight_microbatches(schedule, slice_, slices, microbatches) < microbatches
 
 
 class _PricedStage(NamedTuple):
@@ -121,6 +130,7 @@ class _Wire(NamedTuple):
 
 def stage_setting(plan: Plan, stage: Stage, model: ModelProfile, hardware: HardwareProfile) -> Setting:
     """Return the setting in which the layers of ``stage`` are priced."""
+    repeated = sum(run.count for run in stage.runs if model.kind(run.kind).repeated)
     return Setting(
         hardware=hardware,
         cluster=plan.cluster,
@@ -130,6 +140,7 @@ def stage_setting(plan: Plan, stage: Stage, model: ModelProfile, hardware: Hardw
         training=plan.training,
         causal_attention=model.causal_attention,
         slices=plan.slices,
+        straight=straight_layers(repeated, plan.slices, plan.chunks),
     )
 
 
@@ -150,7 +161,9 @@ def _slice_memory(plan: Plan, stages: Sequence[_PricedStage], s: int, wires: Seq
     """Bytes by category of slice ``s``, all its stages together."""
     held = range(s, len(stages), plan.slices)
     moments = in_flight_units(plan.schedule, s, plan.slices, plan.microbatches, plan.chunks)
-    messages = sum(boundary_bytes(len(stages), k, wires[max(k, 1) - 1].bytes) for k in held) if wires else 0.0
+    more = goes_on(plan.schedule, s, plan.slices, plan.microbatches, plan.chunks)
+    sizes = [wires[max(k, 1) - 1].bytes for k in held] if wires else []
+    messages = sum(boundary_bytes(len(stages), k, size, goes_on=more) for k, size in zip(held, sizes, strict=False))
     return slice_memory([stages[k].layers for k in held], moments, messages)
 
 

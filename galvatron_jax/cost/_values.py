@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from ..cluster import Cluster
 from ..plan import Strategy, Training
@@ -28,11 +31,48 @@ class Setting:
     causal_attention: bool
     slices: int = 1
     """Slices of the device list; with one, every layer stands on the stage that holds its tied parameters."""
+    straight: int = 0
+    """Repeated layers of the stage, if it holds no loop (``_straight``); 0: layers are priced as those of a loop."""
 
     @property
     def gpus_per_node(self) -> int:
         """Devices of the stage that share a node."""
         return min(self.cluster.gpus_per_node, self.stage_devices)
+
+
+Amount: TypeAlias = float | npt.NDArray[np.float64]
+"""Of one layer, or of a layer under many strategies."""
+
+
+class Straight(NamedTuple):
+    """What a layer takes differently on a stage that holds no loop (``_straight``), in bytes."""
+
+    gradients: Amount = 0.0
+    """Less."""
+    live: Amount = 0.0
+    """Less."""
+    left: Amount = 0.0
+    """More gradients, if the layer is not the last of the backward pass."""
+
+    def state_change(self, layers: int) -> Amount:
+        """Return by how much the states of each of ``layers`` repeated layers differ, the last one's share taken."""
+        return self.left * (layers - 1) / layers - self.gradients
+
+
+class LayerBytes(NamedTuple):
+    """Bytes of a layer on one device, as one of a loop (``LayerCost``)."""
+
+    state: Amount
+    residual: Amount
+    live: Amount
+    straight: Straight
+
+    def on_stage(self, straight: int) -> tuple[Amount, Amount, Amount]:
+        """Return (state, residual, live) on a stage with so many repeated layers and no loop; 0: on any other."""
+        if not straight:
+            return self.state, self.residual, self.live
+        state = self.state + self.straight.state_change(straight)
+        return state, self.residual, np.maximum(0.0, self.live - self.straight.live)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +97,8 @@ class LayerCost:
     """``forward_s + backward_s`` by category: compute, recompute, tensor_communication, data_communication."""
     memory: Mapping[str, float]
     """All bytes by category: parameters, gradients, optimizer (the state), residuals, live."""
+    straight: Straight
+    """What of these bytes a stage without a loop changes; already done where ``Setting.straight`` says so."""
 
 
 class Carried(NamedTuple):

@@ -40,7 +40,7 @@ class Assigner:
     """Called before every knapsack; may raise to stop the search."""
     exact: bool = True
     """False: stages of one section get good strategies that fit, at once (``_knapsack.rounded``)."""
-    _boards: dict[tuple[Weights, int, str], Board] = field(default_factory=dict)
+    _boards: dict[tuple[Weights, int, int, str], Board] = field(default_factory=dict)
     _slices: dict[Span, SharedSlice] = field(default_factory=dict)
     _solved: dict[tuple[Span, SliceWeights], SliceChoice | None] = field(default_factory=dict)
 
@@ -66,16 +66,18 @@ class Assigner:
 
     def bounds(self, weights: Weights, in_flight: int, counts_SK: Floats, buffer_bytes: float) -> Floats:
         """Return lower bounds on the cost of stages, one per row of layer counts by kind; infinite: nothing fits."""
-        relaxation = self.board(weights, in_flight).relaxation
-        return np.asarray(relaxation.bounds(counts_SK, self.capacity_bytes - buffer_bytes))
+        bounds, straight = np.empty(len(counts_SK)), self.prices.straight_layers(counts_SK)
+        for layers in np.unique(straight).tolist():
+            relaxation, these = self.board(weights, in_flight, layers).relaxation, straight == layers
+            bounds[these] = relaxation.bounds(counts_SK[these], self.capacity_bytes - buffer_bytes)
+        return bounds
 
-    def board(self, weights: Weights, in_flight: int, *, keeps: str = "best") -> Board:
-        """Return the options under one objective."""
-        key = (weights, in_flight, keeps)
+    def board(self, weights: Weights, in_flight: int, straight: int, *, keeps: str = "best") -> Board:
+        """Return the options under one objective on stages of one sort (``Prices.holding``)."""
+        key = (weights, in_flight, straight, keeps)
         if key not in self._boards:
-            self._boards[key] = Board.make(
-                self.prices, weights, in_flight, keeps=keeps, poll=self.poll, exact=self.exact
-            )
+            prices = self.prices.holding(straight)
+            self._boards[key] = Board.make(prices, weights, in_flight, keeps=keeps, poll=self.poll, exact=self.exact)
         return self._boards[key]
 
     def _shared(self, span: Span) -> SharedSlice:
@@ -105,7 +107,7 @@ class Assigner:
         """(threshold, bound) for each value that the largest live layer can have, the lowest bound first."""
         board, section = self._board(span, weights, exhaustive), span.sections[0]
         thresholds = sorted({live for kind, _ in section.runs for live in board.live[kind].tolist()})
-        bounds = board.relaxation.bounds_at(board.counts(section.runs), self._room(span), np.array(thresholds))
+        bounds = board.relaxation.bounds_at(self.prices.counts(section.runs), self._room(span), np.array(thresholds))
         pairs = zip(thresholds, bounds.tolist(), strict=True)
         return sorted((pair for pair in pairs if pair[1] < np.inf), key=lambda pair: (pair[1], pair[0]))
 
@@ -114,7 +116,9 @@ class Assigner:
         return Case.make(board, span.sections[0], threshold, self._room(span) - threshold)
 
     def _board(self, span: Span, weights: Weights, exhaustive: bool) -> Board:
-        return self.board(weights, span.moments[0][0], keeps="all" if exhaustive else "best")
+        counts = self.prices.counts(span.sections[0].runs)
+        straight = int(self.prices.straight_layers(counts))
+        return self.board(weights, span.moments[0][0], straight, keeps="all" if exhaustive else "best")
 
     def _room(self, span: Span) -> float:
         return self.capacity_bytes - span.buffer_bytes

@@ -20,6 +20,7 @@ from ._knapsack import Floats
 from ._paths import path_messages
 from ._plan_building import peak_bytes, priced_plan
 from ._pricing import Prices, message_buffers
+from ._slices import fills_on
 from ._space import layout_of
 from ._stage import ROUNDING
 
@@ -157,7 +158,8 @@ def _stage(prices: Prices, candidate: Candidate, s: int, cuts: tuple[int, ...], 
     """(forward, backward, step end, peak bytes) of a stage with one strategy for all layers."""
     layers = prices.order[cuts[s] : cuts[s + 1]]
     kinds, counts = np.unique(layers, return_counts=True)
-    rows = np.array([prices.kinds[kind].every[strategy] for kind in kinds])
+    here = prices.holding(int(prices.straight_layers(np.bincount(layers, minlength=len(prices.kinds)))))
+    rows = np.array([here.kinds[kind].every[strategy] for kind in kinds])
     forward, backward, step_end, state, residual = (counts[:, None] * rows[:, :5]).sum(axis=0).tolist()
     layout = prices.layouts.index(layout_of(strategy))
     if s > 0:
@@ -167,7 +169,8 @@ def _stage(prices: Prices, candidate: Candidate, s: int, cuts: tuple[int, ...], 
         there, back = prices.relayouts[prices.order[cuts[s + 1]]].to_wire_s
         forward, backward = forward + there[layout], backward + back[layout]
     in_flight = in_flight_microbatches(SCHEDULE, s, candidate.slices, candidate.microbatches)
-    buffers = message_buffers(prices, candidate.slices, s, (cuts[s], cuts[s + 1]))
+    more = fills_on(candidate.shape, candidate.microbatches, s)
+    buffers = message_buffers(prices, candidate.slices, s, (cuts[s], cuts[s + 1]), goes_on=more)
     return np.array([forward, backward, step_end, state + in_flight * residual + rows[:, 5].max() + buffers])
 
 

@@ -27,6 +27,7 @@ from ._assignment import Assigner
 from ._knapsack import Floats, Ints
 from ._paths import Path
 from ._pricing import Prices, message_buffers
+from ._slices import fills_on
 from ._space import Shape
 from ._stage import Weights, normalised
 from ._whole import fastest_seconds
@@ -173,7 +174,8 @@ class Bounds:
         if not len(first):
             return 0.0
         at = 1 + int(first.argmin())
-        return message_buffers(self.prices, self.shape.slices, stage, (at, at))
+        more = fills_on(self.shape, self.microbatches, stage)
+        return message_buffers(self.prices, self.shape.slices, stage, (at, at), goes_on=more)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..cost import Setting, depends_on_samples, layer_bytes, message_bytes, side_values
+from ..cost import (
+    MOST_STRAIGHT_LAYERS,
+    LayerBytes,
+    Setting,
+    Straight,
+    depends_on_samples,
+    layer_bytes,
+    message_bytes,
+    side_values,
+)
 from ..plan import Strategy
 from ..profile import BATCH, ModelProfile
 from ._dominance import undominated
@@ -47,26 +56,41 @@ class Menu:
 class Footprint:
     """What the layers of one model can hold on one device, for one stage size and microbatch."""
 
-    kinds: tuple[Floats, ...]
-    """By kind: one row (state, residual, live) for each strategy that may be the smallest, by rising live bytes."""
+    kinds_V: tuple[tuple[Floats, ...], ...]
+    """By kind: one row (state, residual, live) for each strategy that may be the smallest, by rising live bytes. The
+    first for stages with loops, the others for those without one (``Prices.straight``)."""
+    repeated_K: Ints
+    """1 for kinds whose layers stand in a row."""
     ahead_LK: Ints
     """Layers of each kind before layer ``n``, at index ``n``."""
     message_bytes_J: Floats
     """See ``Prices.message_bytes_J``."""
-    thresholds: Floats
-    """All live bytes, ascending."""
-    _menus: dict[int, Menu] = field(default_factory=dict)
+    _menus: dict[tuple[int, int], Menu] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
         """Number of layers."""
         return len(self.ahead_LK) - 1
 
-    def menu(self, in_flight: int) -> Menu:
-        """Return the least bytes with the residuals of so many microbatches."""
-        if in_flight not in self._menus:
-            self._menus[in_flight] = _menu(self.kinds, self.thresholds, in_flight)
-        return self._menus[in_flight]
+    def peaks(self, in_flight: int, counts_SK: Floats) -> Floats:
+        """Return the least bytes of stages by what they hold: the more layers, the more bytes."""
+        repeated, peaks = counts_SK @ self.repeated_K, np.empty(len(counts_SK))
+        straight = np.where(repeated < len(self.kinds_V), np.maximum(repeated, 1), 0) * (len(self.kinds_V) > 1)
+        for sort in np.unique(straight).astype(np.int64).tolist():
+            peaks[straight == sort] = self._menu(in_flight, sort).peaks(counts_SK[straight == sort])
+        return peaks
+
+    def least_menu(self) -> Menu:
+        """Return bytes that no stage is below, with the residuals of one microbatch."""
+        return self._menu(1, min(len(self.kinds_V) - 1, 1))
+
+    def _menu(self, in_flight: int, sort: int) -> Menu:
+        """Return the least bytes with the residuals of so many microbatches, on one sort of stages."""
+        if (in_flight, sort) not in self._menus:
+            kinds = self.kinds_V[sort]
+            thresholds = np.unique(np.concatenate([rows[:, 2] for rows in kinds]))
+            self._menus[in_flight, sort] = _menu(kinds, thresholds, in_flight)
+        return self._menus[in_flight, sort]
 
 
 @dataclass(slots=True)
@@ -81,7 +105,7 @@ class Footprints:
     """The kinds that the model has layers of."""
     _ahead_LK: Ints = field(init=False)
     _strategies: dict[tuple[object, ...], tuple[Strategy, ...]] = field(default_factory=dict)
-    _bytes: dict[tuple[object, ...], tuple[float, float, float]] = field(default_factory=dict)
+    _bytes: dict[tuple[object, ...], LayerBytes] = field(default_factory=dict)
     """Bytes of a layer by all that decides them (``_distinct``)."""
     _held: dict[tuple[object, ...], Footprint | None] = field(default_factory=dict)
 
@@ -113,21 +137,24 @@ class Footprints:
         return self._held[key]
 
     def _made(self, setting: Setting, degrees: tuple[int, ...]) -> Footprint | None:
-        kinds = [np.zeros((0, 3))] * len(self.model.kinds)
+        sorts = range(MOST_STRAIGHT_LAYERS + 1) if setting.slices > 1 else range(1)
+        kinds_V = [[np.zeros((0, 3))] * len(self.model.kinds) for _ in sorts]
         for k in self._used:
             self.poll()
             strategies = self._allowed(k, setting, degrees)
             if not strategies:
                 return None
-            rows = np.array(self._rows(k, strategies, setting))
-            rows = rows[undominated(rows)]
-            kinds[k] = rows[np.argsort(rows[:, 2], kind="stable")]
-        thresholds = np.unique(np.concatenate([rows[:, 2] for rows in kinds]))
-        return Footprint(tuple(kinds), self._ahead_LK, self._messages(setting), thresholds)
+            held = self._layer_bytes(k, strategies, setting)
+            for sort in sorts:
+                rows = np.array(held.on_stage(sort)).T
+                rows = rows[undominated(rows)]
+                kinds_V[sort][k] = rows[np.argsort(rows[:, 2], kind="stable")]
+        repeated = np.array([kind.repeated for kind in self.model.kinds], np.int64)
+        return Footprint(tuple(map(tuple, kinds_V)), repeated, self._ahead_LK, self._messages(setting))
 
-    def _rows(self, k: int, strategies: list[Strategy], setting: Setting) -> list[tuple[float, float, float]]:
-        """(state, residual, live) of every strategy that holds something else."""
-        kind, rows = self.model.kinds[k], list[tuple[float, float, float]]()
+    def _layer_bytes(self, k: int, strategies: list[Strategy], setting: Setting) -> LayerBytes:
+        """Bytes under every strategy that holds something else."""
+        kind, rows = self.model.kinds[k], list[LayerBytes]()
         batch = 0 if depends_on_samples(kind, setting.hardware) else setting.microbatch
         where = (k, setting.microbatches > 1, setting.slices > 1, batch)
         for shares, strategy in _distinct(strategies, setting.microbatch).items():
@@ -135,7 +162,8 @@ class Footprints:
             if key not in self._bytes:
                 self._bytes[key] = layer_bytes(kind, strategy, setting)
             rows.append(self._bytes[key])
-        return rows
+        state, residual, live = np.array([row[:3] for row in rows]).T
+        return LayerBytes(state, residual, live, Straight(*np.array([row.straight for row in rows]).T))
 
     def _allowed(self, k: int, setting: Setting, degrees: tuple[int, ...]) -> list[Strategy]:
         """Legal strategies of kind ``k``: judged once for a stage size, with a microbatch that every rank divides."""

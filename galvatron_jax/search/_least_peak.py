@@ -39,6 +39,7 @@ class Line:
     footprint: Footprint
     in_flight: tuple[int, ...]
     """Microbatches, by stage."""
+    microbatches: int
     poll: Callable[[], None]
 
     @classmethod
@@ -46,7 +47,7 @@ class Line:
         """Return the stages of ``candidate``; ``poll`` is called often and may raise to end the work."""
         slices = candidate.slices
         flights = (in_flight_microbatches(candidate.schedule, s, slices, candidate.microbatches) for s in range(slices))
-        return cls(footprint, tuple(flights), poll)
+        return cls(footprint, tuple(flights), candidate.microbatches, poll)
 
     @property
     def stages(self) -> int:
@@ -66,7 +67,7 @@ class Line:
 
     def _mean(self) -> float:
         """Lower bound on the mean over the stages: no more than one microbatch in flight, the least live layer."""
-        one = self.footprint.menu(1)
+        one = self.footprint.least_menu()
         whole = self.footprint.ahead_LK[-1] @ one.smallest_KT[:, -1]
         return float(whole / self.stages + one.thresholds_T[0])
 
@@ -154,16 +155,14 @@ class Line:
         return np.where(start < stop, peaks, np.inf)
 
     def _buffers(self, s: int, message_bytes: float) -> float:
-        return 0.0 if self.stages == 1 else boundary_bytes(self.stages, s, message_bytes)
+        more = self.in_flight[s] < self.microbatches
+        return 0.0 if self.stages == 1 else boundary_bytes(self.stages, s, message_bytes, goes_on=more)
 
     def _held(self, s: int, start: Ints, stop: Ints) -> Floats:
         ahead = self.footprint.ahead_LK
         counts = np.maximum(ahead[stop] - ahead[start], 0).astype(np.float64)
-        return (
-            self.footprint.menu(self.in_flight[s])
-            .peaks(counts.reshape(-1, counts.shape[-1]))
-            .reshape(counts.shape[:-1])
-        )
+        peaks = self.footprint.peaks(self.in_flight[s], counts.reshape(-1, counts.shape[-1]))
+        return peaks.reshape(counts.shape[:-1])
 
 
 def _most(fits: Callable[[Ints], npt.NDArray[np.bool_]], most: int, stride: int) -> int:

@@ -9,15 +9,18 @@ it is dropped.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ..cluster import Cluster
 from ..cost import (
+    MOST_STRAIGHT_LAYERS,
+    LayerBytes,
     Setting,
     SideValue,
+    Straight,
     boundary_bytes,
     estimate_layer,
     estimate_relayout,
@@ -65,6 +68,8 @@ class KindPrices:
     live_bytes: Floats
     every: dict[Strategy, Floats]
     """The six numbers above of all legal strategies, beaten ones included: baselines are not chosen to be good."""
+    straight: tuple[KindPrices, ...] = ()
+    """The same rows on a stage without a loop that holds one, two ... repeated layers; empty where there is none."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,6 +124,33 @@ class Prices:
     """Whether it holds both slices (``cost.Crossing``)."""
     work: tuple[float, ...]
     """Least seconds of the first ``n`` layers, at index ``n`` (``PriceList.work``)."""
+    repeated_K: Floats
+    """1 for kinds whose layers stand in a row."""
+    straight: tuple[Prices, ...] = ()
+    """By repeated layers (1, 2), those of stages without a loop: bytes of the same options, none more than here.
+
+    The first of them is below all others."""
+
+    def counts(self, runs: Iterable[tuple[int, int]]) -> Floats:
+        """Return the number of layers of each kind in runs of (kind, layers)."""
+        counts = np.zeros(len(self.kinds))
+        for kind, layers in runs:
+            counts[kind] += layers
+        return counts
+
+    def straight_layers(self, counts_SK: Floats | Ints) -> Ints:
+        """Return the place in ``holding`` of stages, by their layers of each kind."""
+        repeated = (counts_SK * self.repeated_K).sum(axis=-1).astype(np.int64)
+        return np.where(repeated <= len(self.straight), np.maximum(repeated, 1), 0) * bool(self.straight)
+
+    def holding(self, straight: int) -> Prices:
+        """Return the prices on stages with so many repeated layers and no loop; 0: on any other stage."""
+        return self.straight[straight - 1] if straight else self
+
+    @property
+    def least(self) -> Prices:
+        """Prices that none is below, whatever a stage holds."""
+        return self.holding(min(len(self.straight), 1))
 
 
 @dataclass(slots=True)
@@ -173,11 +205,15 @@ class PriceList:
         return self.least_seconds(1.0)
 
 
-def message_buffers(prices: Prices, stages: int, stage: int, cuts: tuple[int, int]) -> float:
-    """Return the bytes of message buffers of a stage that holds the layers from ``cuts[0]`` up to ``cuts[1]``."""
+def message_buffers(prices: Prices, stages: int, stage: int, cuts: tuple[int, int], *, goes_on: bool) -> float:
+    """Return the bytes of message buffers of a stage that holds the layers from ``cuts[0]`` up to ``cuts[1]``.
+
+    ``goes_on``: see ``cost.goes_on``.
+    """
     if stages == 1:
         return 0.0
-    return boundary_bytes(stages, stage, float(prices.message_bytes_J[cuts[0] if stage else cuts[1]]))
+    message = float(prices.message_bytes_J[cuts[0] if stage else cuts[1]])
+    return boundary_bytes(stages, stage, message, goes_on=goes_on)
 
 
 def least_bytes(prices: Prices) -> float:
@@ -185,7 +221,7 @@ def least_bytes(prices: Prices) -> float:
 
     Every layer keeps its state, and at the fullest moment of its slice the residuals of at least one microbatch.
     """
-    kinds = [prices.kinds[k] for k in prices.order.tolist()]
+    kinds = [prices.least.kinds[k] for k in prices.order.tolist()]
     least = {kind.name: float((kind.state_bytes + kind.residual_bytes).min()) for kind in kinds}
     return sum(least[kind.name] for kind in kinds)
 
@@ -208,8 +244,21 @@ def _price(price_list: PriceList, setting: Setting) -> Prices | None:
     boundaries = setting.slices if setting.slices > 1 else 0
     transfers = _transfers(messages, setting, boundaries)
     meets = tuple(leaves_node(setting, b) for b in range(boundaries)) or (False,)
-    work = price_list.work
-    return Prices(layouts, kinds, relayouts, order, price_list.contents, messages, transfers, meets, work)
+    repeated = np.array([kind.repeated for kind in problem.model.kinds], np.float64)
+    looped = Prices(
+        layouts=layouts,
+        kinds=kinds,
+        relayouts=relayouts,
+        order=order,
+        contents=price_list.contents,
+        message_bytes_J=messages,
+        transfer_BJ=transfers,
+        meets_B=meets,
+        work=price_list.work,
+        repeated_K=repeated,
+    )
+    variants = zip(*(kind.straight for kind in kinds), strict=True)
+    return replace(looped, straight=tuple(replace(looped, kinds=variant) for variant in variants))
 
 
 def _kind_prices(
@@ -217,17 +266,22 @@ def _kind_prices(
 ) -> KindPrices:
     costs = [estimate_layer(kind, strategy, setting) for strategy in choices]
     layout = np.array([layouts.index(layout_of(strategy)) for strategy in choices], np.int64)
-    rows = np.array(
-        [
-            (c.forward_s, c.backward_s, c.sync_s + c.update_s, c.state_bytes, c.residual_bytes, c.live_bytes)
-            for c in costs
-        ]
-    ).reshape(-1, 6)
-    keep = np.flatnonzero(undominated(rows, layout))
-    every = dict(zip(choices, rows, strict=True))
-    forward, backward, step_end, state, residual, live = rows[keep].T.copy()
+    times = np.array([(c.forward_s, c.backward_s, c.sync_s + c.update_s) for c in costs]).reshape(-1, 3)
+    held = np.array([(c.state_bytes, c.residual_bytes, c.live_bytes) for c in costs]).reshape(-1, 3)
+    apart = Straight(*np.array([c.straight for c in costs]).reshape(-1, len(Straight._fields)).T)
+    sorts = range(MOST_STRAIGHT_LAYERS + 1) if setting.slices > 1 else range(1)
+    state, residual, live = held.T
+    bytes_ = [np.array(LayerBytes(state, residual, live, apart).on_stage(sort)).T for sort in sorts]
+    keep = np.flatnonzero(undominated(np.concatenate([times, *bytes_], axis=1), layout))
+    looped, *straight = (_kept(kind.name, choices, keep, layout, np.concatenate([times, b], axis=1)) for b in bytes_)
+    return replace(looped, straight=tuple(straight))
+
+
+def _kept(name: str, choices: tuple[Strategy, ...], keep: Ints, layout: Ints, table: Floats) -> KindPrices:
+    forward, backward, step_end, state, residual, live = table[keep].T.copy()
+    every = dict(zip(choices, table, strict=True))
     kept = tuple(choices[i] for i in keep)
-    return KindPrices(kind.name, kept, layout[keep], forward, backward, step_end, state, residual, live, every)
+    return KindPrices(name, kept, layout[keep], forward, backward, step_end, state, residual, live, every)
 
 
 def _relayouts(kind: LayerKind, layouts: tuple[Layout, ...], setting: Setting) -> Relayouts:

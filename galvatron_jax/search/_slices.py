@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from ..cost import Crossing
+from ..cost import Crossing, goes_on
 from ..events import Event, global_order
 from ..schedule import build_schedule, in_flight_microbatches, in_flight_units
 from ._assignment import Assigner
@@ -24,6 +24,11 @@ def fullest_moments(shape: Shape, microbatches: int, s: int) -> tuple[tuple[int,
     if chunks == 1:
         return ((in_flight_microbatches(schedule, s, slices, microbatches),),)
     return _interleaved_moments(s, slices, min(microbatches, SAME_AGAIN * slices), chunks)
+
+
+def fills_on(shape: Shape, microbatches: int, s: int) -> bool:
+    """Return whether slice ``s`` has forward passes left when it is fullest."""
+    return goes_on(shape.schedule, s, shape.slices, microbatches, shape.chunks)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -67,8 +72,10 @@ class Slices:
 
     def _made_span(self, s: int, boundaries: tuple[int, ...]) -> Span:
         stages = range(s, self.shape.stages, self.shape.slices)
+        more = fills_on(self.shape, self.microbatches, s)
         buffers = sum(
-            message_buffers(self.prices, self.shape.stages, k, (boundaries[k], boundaries[k + 1])) for k in stages
+            message_buffers(self.prices, self.shape.stages, k, (boundaries[k], boundaries[k + 1]), goes_on=more)
+            for k in stages
         )
         return Span(
             tuple(self._section(k, boundaries) for k in stages),

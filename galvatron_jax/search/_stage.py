@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -170,13 +170,6 @@ class Board:
                 keep &= (self.layout[kind][:, None] == np.array(layouts)).any(axis=1)
             self._menus[key] = Menu(self.cost[kind][keep], self.size[kind][keep], np.flatnonzero(keep))
         return self._menus[key]
-
-    def counts(self, runs: Iterable[tuple[int, int]]) -> Floats:
-        """Return the number of layers of each kind."""
-        counts = np.zeros(len(self.cost))
-        for kind, layers in runs:
-            counts[kind] += layers
-        return counts
 
     def wire(self, seconds: tuple[Floats, Floats]) -> Floats:
         """Weigh (forward, backward) seconds."""

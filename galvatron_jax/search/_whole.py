@@ -49,7 +49,9 @@ def whole_seconds(
     """
     found = fastest_seconds(prices)
     whole = _Whole(
-        Layers.of(prices, assigner), held_in_flight(shape, microbatches), _reach(prices.order, shape, cuts_NK)
+        Layers.of(prices, assigner, least=shape.chunks == 1),
+        held_in_flight(shape, microbatches),
+        _reach(prices.order, shape, cuts_NK),
     )
     found[-1] = max(found[-1], whole.bound_s())
     return found
@@ -95,9 +97,10 @@ class Layers:
     """Bytes of a slice for states and residuals, at most."""
 
     @classmethod
-    def of(cls, prices: Prices, assigner: Assigner) -> Layers:
-        """Weigh the options of one microbatch's passes."""
-        board = assigner.board(Weights(1.0, 1.0, 0.0), 1, keeps="coupled")
+    def of(cls, prices: Prices, assigner: Assigner, *, least: bool = False) -> Layers:
+        """Weigh the options of one microbatch's passes, at the prices of loops or at those that none is below."""
+        straight = int(least and bool(prices.straight))
+        prices, board = prices.holding(straight), assigner.board(Weights(1.0, 1.0, 0.0), 1, straight, keeps="coupled")
         smallest = min(float(live.min()) for live in board.live if len(live))
         return cls(prices, board, assigner.capacity_bytes - smallest)
 

@@ -141,7 +141,7 @@ def model_of(layers: str, draw: random.Random) -> ModelProfile:
 
 
 def with_every_choice(kind: LayerKind) -> LayerKind:
-    """Return the kind with remat dots, Ulysses, and kv heads that spill into their groups."""
+    """Return the kind with remat dots, Ulysses, and kv heads that spill into their groups; edges stand alone."""
     heads = ("heads",) if "heads" in kind.classes else ()
     swapped = Array(dtype="bfloat16", classes=("batch", "seq", "embed"), count=4)
     swaps = tuple(
@@ -159,6 +159,7 @@ def with_every_choice(kind: LayerKind) -> LayerKind:
         residuals_dots=kept,
         ulysses=Ulysses(classes=heads, collectives=swaps),
         candidates=candidates,
+        repeated=kind.name not in ("embed", "head"),
     )
 
 

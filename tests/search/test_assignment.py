@@ -50,6 +50,7 @@ def random_prices(seed: int) -> Prices:
         transfer_BJ=nothing[None, :],
         meets_B=(False,),
         work=(0.0,) * len(nothing),
+        repeated_K=np.ones(2),
     )
 
 

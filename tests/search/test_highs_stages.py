@@ -123,9 +123,11 @@ class Program:
         in_flight = in_flight_microbatches(
             self.candidate.schedule, s, self.candidate.slices, self.candidate.microbatches
         )
+        counts = self.prices.counts((kind, 1) for kind in self.prices.order[start:stop].tolist())
+        here = self.prices.holding(int(self.prices.straight_layers(counts)))
         for i in range(start, stop):
-            kind = int(self.prices.order[i])
-            table, relayouts = self.prices.kinds[kind], self.prices.relayouts[kind]
+            kind = int(here.order[i])
+            table, relayouts = here.kinds[kind], here.relayouts[kind]
             options: dict[int, list[int]] = defaultdict(list)
             for r, layout in enumerate(table.layout.tolist()):
                 x = self.variable(whole=True)
@@ -154,7 +156,9 @@ class Program:
                     flow = {y: 1.0 for y in ys[layout]} | {x: -1.0 for x in xs[layout]}
                     self.row(defaultdict(float, flow), 0.0, 0.0)
             before = dict(options)
-        buffers = message_buffers(self.prices, self.candidate.slices, s, (start, stop))
+        buffers = message_buffers(
+            self.prices, self.candidate.slices, s, (start, stop), goes_on=in_flight < self.candidate.microbatches
+        )
         self.row(divided(held, self.budget), -np.inf, 1 - buffers / self.budget)
         return divided(forward, self.unit_s), divided(backward, self.unit_s), divided(step_end, self.unit_s)
 

@@ -97,7 +97,7 @@ def test_70b_on_512_devices_is_explained_within_bounds() -> None:
     engine, start = large_engine(), time.thread_time()
     message = explain_infeasible(engine).message
     assert time.thread_time() - start < 15  # 3 on an idle machine, twice that on a full one
-    assert "the nearest miss needs 4.6 GiB on stage 4 of 4" in message
+    assert "the nearest miss needs 4.6 GiB on stage 7 of 8" in message
 
 
 @pytest.mark.usefixtures("own_clock")

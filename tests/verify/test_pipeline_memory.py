@@ -5,8 +5,11 @@ from __future__ import annotations
 import jax
 import pytest
 
-from galvatron_jax.runtime import StageCalls, Transfer
+from galvatron_jax.cost import boundary_bytes, goes_on
+from galvatron_jax.events import global_order
+from galvatron_jax.runtime import Compute, StageCalls, Transfer
 from galvatron_jax.runtime._executor import Flight
+from galvatron_jax.schedule import ScheduleName, build_schedule
 from galvatron_jax.verify._exchange import CompiledMemory
 from galvatron_jax.verify._pipeline_memory import StageBytes, begin_step, go_on, pipeline_memory
 from galvatron_jax.verify._plan_programs import batch_bytes, stage_bytes
@@ -77,3 +80,43 @@ def test_peak_is_the_fullest_moment_of_a_program_beside_what_others_left() -> No
         "residuals": 60,
         "live": 50,
     }
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved-1f1b"])
+@pytest.mark.parametrize(("slices", "microbatches"), [(2, 1), (2, 2), (2, 6), (3, 3), (4, 2), (4, 8), (5, 15)])
+def test_estimated_messages_are_those_of_the_fullest_moment(
+    schedule: ScheduleName, slices: int, microbatches: int
+) -> None:
+    """One byte each, beside residuals that decide the moment; of several stages on a slice never fewer than walked."""
+    chunks = 2 if schedule == "interleaved-1f1b" else 1
+    if chunks > 1 and microbatches % slices:
+        pytest.skip("interleaved schedules take whole groups of microbatches")
+    stages = slices * chunks
+    sizes = [message_sizes(k, stages) for k in range(stages)]
+    walked, fullest = begin_step(sizes, [0] * slices), [(0, 0)] * slices
+    for event in global_order(build_schedule(schedule, slices, microbatches, chunks), stages):
+        if isinstance(event, Compute) and event.phase == "backward":
+            s, held = event.stage % slices, walked[event.stage % slices].held
+            fullest[s] = max(fullest[s], (held["residuals"], held["boundary"]))
+        go_on(walked, sizes, event)
+    for s in range(slices):
+        more = goes_on(schedule, s, slices, microbatches, chunks)
+        estimated = sum(boundary_bytes(stages, k, 1.0, goes_on=more) for k in range(s, stages, slices))
+        assert estimated == fullest[s][1] if chunks == 1 else estimated >= fullest[s][1]
+
+
+def message_sizes(stage: int, stages: int) -> StageBytes:
+    """Messages of one byte; residuals of a thousand."""
+    before, behind = int(stage > 0), int(stage < stages - 1)
+    return StageBytes(
+        parameters=0,
+        optimizer=0,
+        model_state=0,
+        sums=0,
+        means=0,
+        residuals=1000,
+        arriving=before,
+        leaving=behind,
+        cotangents=behind,
+        returned=before,
+    )
