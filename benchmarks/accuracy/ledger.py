@@ -151,8 +151,8 @@ def ledger_text(lines: Sequence[Line]) -> str:
             _summary("with a loop over layers", [line for line in lines if line.has_loop]),
             _summary("without any", [line for line in lines if not line.has_loop]),
             "",
-            "Every layer is priced as one of a loop. A slice without a run of three equal layers (marked o) has none,",
-            "and mostly needs less than its price, by up to a fifth (docs/design/0085); the search cannot know.",
+            "A slice without a run of three equal layers (marked o) has no loop. Pipeline stages of at most two layers",
+            "are priced so (docs/design/0094); all others as loops, which need more (docs/design/0085).",
             "",
             f"Plans called fitting that the compiler puts above the budget of {budget / GIB:.1f} GiB:"
             f" {', '.join(optimistic) or 'none'}.",

@@ -147,6 +147,15 @@ PIPELINES: dict[str, Case] = {
     "13B, pp 4, zero 1": piped(case(_13B, 16, S(dp=4, zero=1), m=4), 4),
     "8B, pp 2, tp 4, sp, zero 1, remat": piped(case(_8B, 16, S(tp=4, sp=True, dp=2, zero=1, remat="full"), m=4), 2),
     "ViT, pp 4, zero 1, gpipe": piped(case(_VIT, 256, S(dp=4, zero=1), m=4), 4, "gpipe"),
+    "7B, pp 2, fsdp, remat": piped(case(_7B, 64, S(dp=8, zero=3, remat="full"), m=4, fitted=True), 2),
+    "7B, pp 4, fsdp": piped(case(_7B, 16, S(dp=4, zero=3), m=4), 4),
+    "8B, pp 4, fsdp, remat": piped(case(_8B, 32, S(dp=4, zero=3, remat="full"), m=4, fitted=True), 4),
+    "8B, pp 4, zero 1, dots": piped(case(_8B, 32, S(dp=4, zero=1, remat="dots"), m=4), 4),
+    "13B, pp 4, fsdp, remat": piped(case(_13B, 32, S(dp=4, zero=3, remat="full"), m=4), 4),
+    "13B, pp 4, tp 2, sp, zero 1, dots": piped(case(_13B, 16, S(tp=2, sp=True, dp=2, zero=1, remat="dots"), m=4), 4),
+    "70B, pp 2, fsdp, remat": piped(case(_70B, 16, S(dp=8, zero=3, remat="full"), m=2), 2),
+    "GPT-2, pp 4, fsdp, remat": piped(case(_GPT2, 64, S(dp=4, zero=3, remat="full"), m=4), 4),
+    "GPT-2, pp 4, zero 2": piped(case(_GPT2, 128, S(dp=4, zero=2), m=4), 4),
 }
 """Plans of several stages."""
 

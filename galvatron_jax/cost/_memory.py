@@ -15,7 +15,9 @@ zero 2 have the same peak (benchmarks/memory_h100_aot_2026-11-22.md).
 Gradients that every microbatch reduces (zero 2 and 3, several microbatches) are there twice: the sums, and the stack
 that a microbatch's backward loop makes. Under zero 0 and 1 they are added up in place (runtime/_sums.py), and a layer
 outside the loop makes no stack. The end of a step reduces them layer by layer (runtime/_scatter.py), so that it needs
-no more than the passes did. The programs of a pipeline do all this alike (docs/design/0084).
+no more than the passes did. The programs of a pipeline do all this alike (docs/design/0084). There a head's gradients
+wait until the pass ends, to be reduced or added up: whole, in the compute dtype, or as their operands where these are
+less; not in a pass without collectives, which XLA does not reschedule (docs/design/0094).
 
 Without accumulation the gradient of a layer outside the loop (embedding, head) counts as live: it is computed after the
 loop, which is the fuller moment. (Not in a pipeline, where all gradients have their memory from the first pass on.)
@@ -47,9 +49,10 @@ context, NCCL, allocator; ``HardwareProfile.reserved_bytes``).
 States, residuals and the live part are added although they do not peak at one instant: gradients grow while residuals
 go. Programs that scan over layers allocate both for the whole backward pass, so the sum is what they need.
 
-Limit: every layer is priced as one of a loop. A run of one or two layers is none: what it kept is freed piece by piece,
-nothing is gathered ahead and gradients come late, so that a stage that holds no loop at all (few layers, or few of each
-strategy) mostly needs less than its price, by up to a fifth (docs/design/0085 says why the search cannot know).
+Every layer is priced as one of a loop; what stages of a pipeline without any loop take differently is in ``_straight``.
+
+Limit: a run of one or two layers on any other stage is no loop either: what it kept is freed piece by piece, nothing is
+gathered ahead and gradients come late. It mostly needs less than its price (docs/design/0085).
 """
 
 from __future__ import annotations
@@ -68,6 +71,10 @@ from ._values import LayerCost, Shares
 STACKS = 2
 """Copies of the gradients of a loop over layers that every microbatch reduces."""
 
+LONG_SCATTER_S = 1e-3
+"""What takes longer than the reductions beside it does not wait for them: of scatters into tables of 0.2 to 0.6
+milliseconds the zeros were made last, of one of 1.3 before the layers' peak (16 H100; docs/design/0094)."""
+
 STATE = ("parameters", "gradients", "optimizer")
 """Categories that make up ``LayerCost.state_bytes``."""
 
@@ -84,6 +91,8 @@ class LocalBytes(NamedTuple):
     live: dict[Remat, LiveBytes]
     repeated: bool
     """It runs in a loop over layers."""
+    scatter_s_per_byte: float
+    """Seconds to read and write a byte of a gradient that lookups scatter; 0: it looks nothing up."""
 
     @property
     def waits(self) -> bool:
@@ -125,6 +134,9 @@ def local_bytes(kind: LayerKind, hardware: HardwareProfile, spread: Strategy, mi
             for remat, live in sums.live.items()
         },
         repeated=kind.repeated,
+        scatter_s_per_byte=2 / hardware.memory_bandwidth_bytes_per_s
+        if any(p.lookups for p in kind.parameters)
+        else 0.0,
     )
 
 
@@ -170,28 +182,31 @@ def layer_memory(
     stacks = STACKS if accumulates and zero >= 2 and local.repeated else 1
     waiting = live.waiting if live and local.waits and not pipelined else 0.0
     read = local.kept[remat] if waiting and strategy.tp > 1 else 0.0
+    edge = pipelined and not local.repeated
+    left = left_bytes(local, weights, strategy, accumulates=accumulates) if edge else 0.0
+    own = max(0.0, temporaries + read - waiting) + local.gathered + weights.replicated.computed
     return {
         "parameters": held(zero >= 3).stored,
-        "gradients": (gradient * stacks if lasts else 0.0)
-        + (left_bytes(local, weights, strategy, accumulates=accumulates) if pipelined and local.waits else 0.0),
+        "gradients": (gradient * stacks if lasts else 0.0) + left,
         "optimizer": held(zero >= 1).elements * training.state_bytes_per_parameter,
         "residuals": local.stream_input + local.kept[remat] - read + waiting,
-        "live": max(0.0, temporaries + read - waiting)
-        + local.gathered
-        + weights.replicated.computed
-        + (0.0 if lasts else gradient),
+        "live": max(0.0, own + (0.0 if lasts else gradient) - left),  # at its own moment nothing is left yet
     }
 
 
 def left_bytes(local: LocalBytes, weights: Weights, strategy: Strategy, *, accumulates: bool) -> float:
-    """Return what a layer's part of the backward pass leaves until the pass ends: gradients to be reduced or added up.
+    """Return what of a layer's gradients is there while other layers' backward passes run, in a pass with collectives.
 
-    Nothing where the pass has no collectives: then XLA keeps the order that needs least memory.
+    Gradients to be reduced or added up when the pass ends, or their operands; of an embedding, with which it ends, the
+    zeros into which a large table's gradient is scattered: they depend on nothing, and are made long before. Nothing
+    where the pass has no collectives: then XLA keeps the order that needs least memory.
     """
     reduces = strategy.zero_ranks > 1 and strategy.zero >= (2 if accumulates else 1)
     if not (reduces or strategy.inner > 1):
         return 0.0
     gradient, live = weights.replicated.computed, local.live.get(strategy.remat)
+    if not local.stream_input:
+        return gradient if local.scatter_s_per_byte * gradient > LONG_SCATTER_S else 0.0
     return min(gradient, live.waiting) if live else gradient
 
 

