@@ -38,6 +38,7 @@ from ._stream import estimate_transfer as estimate_transfer
 from ._stream import leaves_node as leaves_node
 from ._stream import message_bytes as message_bytes
 from ._stream import relayout_steps as relayout_steps
+from ._stream import sender_seconds as sender_seconds
 from ._stream import stream_arrays as stream_arrays
 from ._stream import stream_sizes as stream_sizes
 from ._stream import wire_strategy as wire_strategy

@@ -10,7 +10,8 @@ does one event after the other,
 and a message takes its seconds in one of two ways (docs/design/0083):
 
 * between nodes it is one program of both sides, which neither stream passes: an event of both slices, that starts when
-  both have come to it and holds both until it is there;
+  both have come to it. It holds the receiver until it is there, and the sender as long, or less where buffers take some
+  of it (``HardwareProfile.eager_bytes``, docs/design/0093);
 * inside a node (one process) it is a copy beside compute: it starts when its value is made and delays the receiver.
 
 The order does not depend on the times, so the step time is the longest path of a graph that all plans of a schedule
@@ -22,6 +23,7 @@ Complexity: O(stages * microbatches) for a known order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,7 +70,14 @@ class Crossing(NamedTuple):
 
     seconds: float
     meets: bool = True
-    """Both slices are held until it is there; else it delays the receiver only."""
+    """It starts when both slices have come to it, and holds both; else it delays the receiver only."""
+    sender_s: float = math.inf
+    """Where it holds both, the seconds until the sender is free, if that is before the message is there."""
+
+    @property
+    def held_s(self) -> float:
+        """Seconds that the sender of a message that holds both is held."""
+        return min(self.seconds, self.sender_s)
 
 
 def simulate(schedule: Schedule, stages: Sequence[StageTime], crossings: Sequence[Crossing]) -> Timeline:
@@ -107,8 +116,9 @@ def _play(
             begin = max(clock[s], arrivals.get(event, 0.0))
             clock[s] = ends[event] = begin + (stage.forward_s if event.phase == "forward" else stage.backward_s)
         elif crossings[event.boundary].meets:
-            a, b = event.source % slices, event.target % slices
-            clock[a] = clock[b] = max(clock[a], clock[b]) + crossings[event.boundary].seconds
+            source, target, crossing = event.source % slices, event.target % slices, crossings[event.boundary]
+            begin = max(clock[source], clock[target])
+            clock[source], clock[target] = begin + crossing.held_s, begin + crossing.seconds
         else:
             arrivals[event.taker] = ends[event.maker] + crossings[event.boundary].seconds
     return ends, clock

@@ -38,6 +38,7 @@ from ._stream import (
     estimate_transfer,
     leaves_node,
     message_bytes,
+    sender_seconds,
     stream_arrays,
     stream_sizes,
     wire_strategy,
@@ -216,6 +217,10 @@ def _wires(plan: Plan, model: ModelProfile, hardware: HardwareProfile) -> list[_
         setting = stage_setting(plan, stage, model, hardware)
         kind = model.kind(plan.stages[k + 1].runs[0].kind)
         size_bytes = message_bytes(kind, position, sides, setting)
-        crossing = Crossing(estimate_transfer(size_bytes, setting, boundary=k), leaves_node(setting, k))
+        crossing = Crossing(
+            estimate_transfer(size_bytes, setting, boundary=k),
+            leaves_node(setting, k),
+            sender_seconds(size_bytes, setting, boundary=k),
+        )
         found.append(_Wire(crossing, size_bytes))
     return found

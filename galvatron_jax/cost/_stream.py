@@ -156,6 +156,18 @@ def estimate_transfer(size_bytes: float, setting: Setting, *, boundary: int) -> 
     return message_seconds(size_bytes, link)
 
 
+def sender_seconds(size_bytes: float, setting: Setting, *, boundary: int) -> float:
+    """Return the seconds of ``estimate_transfer`` for which the sender is held; arguments as there.
+
+    It is free when what is left fits into the buffers below it (``HardwareProfile.eager_bytes``).
+    """
+    seconds, hardware = estimate_transfer(size_bytes, setting, boundary=boundary), setting.hardware
+    if not (hardware.eager_bytes and leaves_node(setting, boundary)):
+        return seconds
+    left = max(0.0, size_bytes - hardware.eager_bytes)
+    return min(seconds, left / hardware.inter_node.bandwidth_bytes_per_s)
+
+
 def leaves_node(setting: Setting, boundary: int) -> bool:
     """Return whether a boundary, as in ``estimate_transfer``, lies between two nodes."""
     cluster, after = setting.cluster, (boundary + 1) * setting.stage_devices % setting.cluster.devices

@@ -177,9 +177,9 @@ def _stage(prices: Prices, candidate: Candidate, s: int, cuts: tuple[int, ...], 
 def _bound_s(stages: list[Floats], prices: Prices, candidate: Candidate, cuts: tuple[int, ...]) -> float:
     """The bottleneck paths (``_paths.bottleneck_path``): exact for one stage, a lower bound for several."""
     bound, before, m = 0.0, 0.0, candidate.microbatches
-    wires = [float(prices.transfer_BJ[k, j]) for k, j in enumerate(cuts[1:-1])]
+    wires = [prices.crossing(k, j) for k, j in enumerate(cuts[1:-1])]
     for s, (forward, backward, _, _) in enumerate(stages):
-        messages = sum(path_messages(m, s, prices.meets_B, k) * wire for k, wire in enumerate(wires))
+        messages = sum(path_messages(m, s, prices.meets_B, k).seconds(wire) for k, wire in enumerate(wires))
         bound = max(bound, before + m * float(forward + backward) + messages)
         before += float(forward + backward)
     return bound + float(stages[0][2])

@@ -151,23 +151,28 @@ class Bounds:
     def _crossing(self, path: Path, stage: int) -> Floats:
         if stage == self.shape.slices - 1:
             return np.zeros(len(self.prices.order) + 1)
-        return np.asarray(path.crossings[stage] * self.transfer(stage))
+        received, sent = path.crossings[stage]
+        return received * self.transfer(stage) + sent * self._sender(stage)
 
     def transfer(self, stage: int) -> Floats:
         """Return the seconds of a message from ``stage`` to the next one, by the first layer of the next one."""
         return np.asarray(self.prices.transfer_BJ[stage])
 
+    def _sender(self, stage: int) -> Floats:
+        """Return those for which it holds its sender."""
+        return np.asarray(self.prices.sender_BJ[stage])
+
     def messages_behind(self, stage: int) -> Floats:
         """Return the seconds of the messages behind a stage that hold it, by the first layer of the next one."""
         if stage == self.shape.slices - 1 or not self.prices.meets_B[stage]:
             return np.zeros(len(self.prices.order) + 1)
-        return 2 * self.microbatches * self.transfer(stage)
+        return self.microbatches * (self.transfer(stage) + self._sender(stage))
 
     def messages_before(self, stage: int) -> Floats:
         """Return those before it, but for the two on every path, by its own first layer."""
         if stage == 0 or not self.prices.meets_B[stage - 1]:
             return np.zeros(len(self.prices.order) + 1)
-        return 2 * (self.microbatches - 1) * self.transfer(stage - 1)
+        return (self.microbatches - 1) * (self.transfer(stage - 1) + self._sender(stage - 1))
 
     def _least_buffers(self, stage: int) -> float:
         first = self.prices.message_bytes_J[1:-1]

@@ -36,10 +36,12 @@ def even_bounds(
     """Return a lower bound in seconds by row of ``cuts_NK``; those below ``limit`` are the best of these bounds."""
     slices, spent = shape.slices, np.diff(np.array(fastest_seconds(prices))[cuts_NK], axis=1)
     inner = range(shape.stages - 1)
-    wires = np.stack([prices.transfer_BJ[k % slices, cuts_NK[:, k + 1]] for k in inner], axis=1)
-    fills = wires @ np.array(
-        [[path_messages(microbatches, s, prices.meets_B, k) for s in range(slices)] for k in inner], float
+    wires = np.stack(
+        [each_BJ[k % slices, cuts_NK[:, k + 1]] for k in inner for each_BJ in (prices.transfer_BJ, prices.sender_BJ)],
+        axis=1,
     )
+    messages = [[path_messages(microbatches, s, prices.meets_B, k) for s in range(slices)] for k in inner]
+    fills = wires @ np.array([[message[side] for message in row] for row in messages for side in (0, 1)], float)
     fills[:, 1:] += np.cumsum(spent[:, : slices - 1], axis=1)
     own = np.stack([spent[:, s::slices].T.sum(axis=0) for s in range(slices)], axis=1)
     bounds = (fills + microbatches * own).max(axis=1, initial=0.0)

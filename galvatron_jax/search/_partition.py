@@ -146,7 +146,7 @@ class Partition:
 
     def _bound(self, path: Path, fixed: dict[int, SliceChoice]) -> float:
         stages = sum(self._least(s, path, fixed) for s in range(self.slices))
-        return stages + sum(k * c.seconds for k, c in zip(path.crossings, self.crossings, strict=True))
+        return stages + sum(k.seconds(c) for k, c in zip(path.crossings, self.crossings, strict=True))
 
     def _least(self, chosen: int, path: Path, fixed: dict[int, SliceChoice]) -> float:
         """Least contribution of a slice to a path; infinite when nothing fits."""

@@ -128,7 +128,7 @@ class Pipeline:
         spent = list(itertools.accumulate(self._spent(boundaries), initial=0.0))
         crossings = self.line.crossings(boundaries)
         return [
-            spent[s] + sum(path_messages(m, s, meets, k) * crossing.seconds for k, crossing in enumerate(crossings))
+            spent[s] + sum(path_messages(m, s, meets, k).seconds(crossing) for k, crossing in enumerate(crossings))
             for s in range(self.line.shape.slices)
         ]
 

@@ -9,7 +9,7 @@ it is dropped.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from ..cluster import Cluster
 from ..cost import (
     MOST_STRAIGHT_LAYERS,
+    Crossing,
     LayerBytes,
     Setting,
     SideValue,
@@ -28,6 +29,7 @@ from ..cost import (
     least_seconds,
     leaves_node,
     message_bytes,
+    sender_seconds,
     side_values,
     stream_arrays,
     stream_sizes,
@@ -120,6 +122,8 @@ class Prices:
     """Size on one device of a message to a stage that begins with layer ``j`` (0 at both ends of the model)."""
     transfer_BJ: Floats
     """Seconds of that message, by the slice ``b`` before the boundary."""
+    sender_BJ: Floats
+    """Seconds of it that the sender is held."""
     meets_B: tuple[bool, ...]
     """Whether it holds both slices (``cost.Crossing``)."""
     work: tuple[float, ...]
@@ -151,6 +155,10 @@ class Prices:
     def least(self) -> Prices:
         """Prices that none is below, whatever a stage holds."""
         return self.holding(min(len(self.straight), 1))
+
+    def crossing(self, before: int, j: int) -> Crossing:
+        """Return the message from slice ``before`` to a stage that begins with layer ``j``."""
+        return Crossing(float(self.transfer_BJ[before, j]), self.meets_B[before], float(self.sender_BJ[before, j]))
 
 
 @dataclass(slots=True)
@@ -242,7 +250,9 @@ def _price(price_list: PriceList, setting: Setting) -> Prices | None:
     relayouts = tuple(_relayouts(kind, layouts, setting) for kind in problem.model.kinds)
     messages = _messages(price_list, setting)
     boundaries = setting.slices if setting.slices > 1 else 0
-    transfers = _transfers(messages, setting, boundaries)
+    transfers, held = (
+        _by_boundary(price, messages, setting, boundaries) for price in (estimate_transfer, sender_seconds)
+    )
     meets = tuple(leaves_node(setting, b) for b in range(boundaries)) or (False,)
     repeated = np.array([kind.repeated for kind in problem.model.kinds], np.float64)
     looped = Prices(
@@ -253,6 +263,7 @@ def _price(price_list: PriceList, setting: Setting) -> Prices | None:
         contents=price_list.contents,
         message_bytes_J=messages,
         transfer_BJ=transfers,
+        sender_BJ=held,
         meets_B=meets,
         work=price_list.work,
         repeated_K=repeated,
@@ -313,10 +324,10 @@ def _messages(price_list: PriceList, setting: Setting) -> Floats:
     return np.array([*found, 0.0])
 
 
-def _transfers(message_bytes_J: Floats, setting: Setting, boundaries: int) -> Floats:
-    """Seconds of each message over each boundary; a boundary is inside a node or between nodes, nothing else."""
+def _by_boundary(price: Callable[..., float], message_bytes_J: Floats, setting: Setting, boundaries: int) -> Floats:
+    """Price each message over each boundary; a boundary is inside a node or between nodes, nothing else."""
     sizes, where = np.unique(message_bytes_J, return_inverse=True)
-    rows = [[estimate_transfer(float(size), setting, boundary=b) for size in sizes] for b in range(boundaries)]
+    rows = [[price(float(size), setting, boundary=b) for size in sizes] for b in range(boundaries)]
     return np.array(rows).reshape(boundaries, len(sizes))[:, where]
 
 

@@ -58,8 +58,8 @@ class Slices:
 
     def crossings(self, boundaries: tuple[int, ...]) -> list[Crossing]:
         """Return a message over each boundary."""
-        seconds, meets, slices = self.prices.transfer_BJ, self.prices.meets_B, self.shape.slices
-        return [Crossing(float(seconds[k % slices, j]), meets[k % slices]) for k, j in enumerate(boundaries[1:-1])]
+        prices, slices = self.prices, self.shape.slices
+        return [prices.crossing(k % slices, j) for k, j in enumerate(boundaries[1:-1])]
 
     def span(self, s: int, boundaries: tuple[int, ...]) -> Span:
         """Return what slice ``s`` holds."""

@@ -48,6 +48,7 @@ def random_prices(seed: int) -> Prices:
         contents=Contents.of(order, 2),
         message_bytes_J=nothing,
         transfer_BJ=nothing[None, :],
+        sender_BJ=nothing[None, :],
         meets_B=(False,),
         work=(0.0,) * len(nothing),
         repeated_K=np.ones(2),

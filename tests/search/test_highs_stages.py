@@ -180,9 +180,13 @@ class Program:
             wire = float(self.prices.transfer_BJ[event.boundary, self.cuts[event.boundary + 1]]) / self.unit_s
             self._after(ends[event], ends[event.maker], defaultdict(float), wire)
             if self._leaves_node(event.boundary):
+                held = float(self.prices.sender_BJ[event.boundary, self.cuts[event.boundary + 1]]) / self.unit_s
+                free = self.variable()
                 for s in (event.source, event.target):
                     self._after(ends[event], last[s], defaultdict(float), wire)
-                    last[s] = ends[event]
+                    self._after(free, last[s], defaultdict(float), held)
+                self._after(free, ends[event.maker], defaultdict(float), held)
+                last[event.source], last[event.target] = free, ends[event]
         for s in range(slices):
             self._after(end, last[s], durations[s][2], 0.0)
         return end

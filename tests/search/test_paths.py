@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from typing import NamedTuple
 
@@ -35,12 +36,18 @@ def random_pipeline(seed: int) -> Pipeline:
         for _ in range(slices * chunks)
     ]
     meets = [draw.random() < 0.7 for _ in range(slices)]
-    crossings = [Crossing(draw.choice([0.0, draw.uniform(0, 2)]), meets[k % slices]) for k in range(len(choices) - 1)]
+    crossings = [random_crossing(draw, meets[k % slices]) for k in range(len(choices) - 1)]
     return Pipeline(build_schedule(name, slices, groups, chunks), choices, meets, crossings)
 
 
+def random_crossing(draw: random.Random, meets: bool) -> Crossing:
+    """Its sender is held for all of it, for a part, or not at all."""
+    seconds = draw.choice([0.0, draw.uniform(0, 2)])
+    return Crossing(seconds, meets, draw.choice([math.inf, seconds * draw.random(), 0.0]))
+
+
 def length(path: Path, stages: list[StageChoice], crossings: list[Crossing]) -> float:
-    crossing = sum(k * c.seconds for k, c in zip(path.crossings, crossings, strict=True))
+    crossing = sum(k.seconds(c) for k, c in zip(path.crossings, crossings, strict=True))
     return crossing + sum(stage.cost(weights) for stage, weights in zip(stages, path.weights, strict=True))
 
 
@@ -62,7 +69,7 @@ def test_every_path_bounds_every_pipeline_from_below(seed: int) -> None:
     time_s, _ = longest_path(pipeline.order, slices, stages, crossings)
     draw = random.Random(seed)
     others = [StageChoice(draw.random(), draw.random(), draw.random(), ()) for _ in stages]
-    _, foreign = longest_path(pipeline.order, slices, others, [Crossing(draw.random(), c.meets) for c in crossings])
+    _, foreign = longest_path(pipeline.order, slices, others, [random_crossing(draw, c.meets) for c in crossings])
     microbatches = len(schedule[0]) // 2 // chunks
     paths = [foreign] + [bottleneck_path(microbatches, s, meets, chunks) for s in range(slices)]
     assert all(length(path, stages, crossings) <= time_s * (1 + 1e-12) for path in paths)
