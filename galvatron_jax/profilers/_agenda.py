@@ -14,7 +14,7 @@ from ..cluster import Cluster, divisors
 from ..errors import ClusterError
 from ..profile import CollectiveKind
 from ..units import GIB, KIB, MIB
-from ._readings import COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, Subject, product_flops
+from ._readings import ANSWER_BYTES, COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, SENDER, Subject, product_flops
 
 KINDS: tuple[CollectiveKind, ...] = get_args(CollectiveKind)
 
@@ -26,8 +26,12 @@ _BETWEEN_BYTES: Sizes = (32 * KIB, 256 * KIB)
 _QUICK_SIZES_BYTES: tuple[Sizes, Sizes] = ((KIB, 64 * KIB, MIB), (4 * MIB,))
 """Rounds, coarse to fine; within a round the sizes rise, so that one foretells the time of the next."""
 
-_MESSAGE_BYTES = (KIB, 64 * KIB, MIB, 16 * MIB)
-_QUICK_MESSAGE_BYTES = (64 * KIB, MIB)
+_MESSAGE_BYTES = (ANSWER_BYTES, 64 * KIB, 256 * KIB, MIB, 16 * MIB)
+_QUICK_MESSAGE_BYTES = (ANSWER_BYTES, 256 * KIB)
+
+_SENDER_BYTES = {"cpu": 256 * KIB}
+"""Size of the message that shows how long its sender is held: more than the buffers of a socket take. Not measured on
+GPUs, whose messages hold both sides: NCCL's sender is a kernel of its stream."""
 
 OVERLAP_BYTES = {"gpu": 32 * MIB, "cpu": MIB}
 """Size of the all-reduce that runs beside products, as in Hetu-Galvatron's overlap profiler (32 MiB)."""
@@ -91,7 +95,7 @@ def hardware_agenda(cluster: Cluster, platform: str, *, quick: bool) -> tuple[Su
     ]
     compute = _compute_agenda(platform, quick=quick)
     overlap = _overlap_agenda(cluster, platform) if groups else []
-    return tuple(dict.fromkeys([*compute, *overlap, *_message_agenda(cluster, quick=quick), *collectives]))
+    return tuple(dict.fromkeys([*compute, *overlap, *_message_agenda(cluster, platform, quick=quick), *collectives]))
 
 
 def _compute_agenda(platform: str, *, quick: bool) -> list[Subject]:
@@ -104,11 +108,13 @@ def _compute_agenda(platform: str, *, quick: bool) -> list[Subject]:
     return list(dict.fromkeys(subjects))
 
 
-def _message_agenda(cluster: Cluster, *, quick: bool) -> list[Subject]:
+def _message_agenda(cluster: Cluster, platform: str, *, quick: bool) -> list[Subject]:
     if cluster.nodes == 1:
         return []
     sizes = _QUICK_MESSAGE_BYTES if quick else _MESSAGE_BYTES
-    return [Subject(what=MESSAGE, size=s, group=cluster.nodes, stride=cluster.gpus_per_node) for s in sizes]
+    messages = [Subject(what=MESSAGE, size=s, group=cluster.nodes, stride=cluster.gpus_per_node) for s in sizes]
+    held = [s for s in messages if s.size == _SENDER_BYTES.get(platform)]
+    return messages + [msgspec.structs.replace(s, what=SENDER, dtype=MAIN_DTYPE[platform]) for s in held]
 
 
 def _overlap_agenda(cluster: Cluster, platform: str) -> list[Subject]:

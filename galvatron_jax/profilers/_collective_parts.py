@@ -1,19 +1,18 @@
-"""Tables and links: from readings of collectives and messages to fields of a hardware profile."""
+"""Tables: from readings of collectives to a field of a hardware profile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import msgspec
 
 from ..cluster import Cluster
 from ..cost import device_group
-from ..profile import CollectiveTable, Link
+from ..profile import CollectiveTable
 from ._agenda import KINDS
 from ._fit import Point, monotone_fit
-from ._links import fit_link
-from ._parts import Overheads, Part, by_series, outlier_notes, without_unsteady
-from ._readings import MESSAGE, Reading, Subject
+from ._parts import Overheads, Part, outlier_notes, without_unsteady
+from ._readings import Reading, Subject
 
 
 def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
@@ -43,36 +42,3 @@ def collective_fields(known: Mapping[Subject, Reading], overheads: Overheads, cl
         f"the slowest where groups of one size lie differently (largest ratio {max(ratios):.2f}); made monotone"
     )
     return Part({"collectives": tuple(tables)}, {"collectives": how}, notes)
-
-
-def link_fields(known: Mapping[Subject, Reading], overheads: Overheads, cluster: Cluster) -> Part:
-    """Return the links: in a node by all-gathers over neighbours, between nodes by messages.
-
-    Without messages (readings of a former version) by all-gathers over one device of each node.
-    """
-    node = cluster.gpus_per_node
-    series = by_series((s, overheads.corrected(r)) for s, r in without_unsteady(known).items())
-    gathers = {
-        (group, stride): points for (what, _, _, group, stride), points in series.items() if what == "all-gather"
-    }
-    inside = max((g for g, stride in gathers if stride == 1 and node % g == 0), default=1)
-    across = max((g for g, stride in gathers if stride == node), default=1)
-    messages = series.get((MESSAGE, "", "", cluster.nodes, node), [])
-    between = ("messages between neighbouring nodes", fit_link("collective-permute", 2, _rising(messages)))
-    if between[1] is None:
-        between = _by_gathers(across, gathers.get((across, node), []))
-    found = {"intra_node": _by_gathers(inside, gathers.get((inside, 1), [])), "inter_node": between}
-    links = {field: (text, link) for field, (text, link) in found.items() if link}
-    return Part(
-        {field: link for field, (_, link) in links.items()},
-        {field: f"line through {text}" for field, (text, _) in links.items()},
-        [],
-    )
-
-
-def _by_gathers(group: int, points: Sequence[Point]) -> tuple[str, Link | None]:
-    return f"the all-gathers over {group} devices", fit_link("all-gather", group, _rising(points))
-
-
-def _rising(points: Sequence[Point]) -> Sequence[Point]:
-    return monotone_fit(points).points if points else ()

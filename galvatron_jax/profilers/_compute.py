@@ -42,7 +42,7 @@ def product_loop(side: int, dtype: str, devices: Sequence[jax.Device]) -> Loop:
     """Return a loop of products of two square matrices, each with a kernel that feeds one element of it to the next."""
     operands = [Operand(shape=(side, side), dtype=dtype, noise=True)] * 2
     unroll = steps_in_trip(devices, small=side <= _SMALL_SIDE)
-    loop = compile_loop(_product, operands, group_mesh(devices, len(devices), 1), unroll=unroll)
+    loop = compile_loop(product, operands, group_mesh(devices, len(devices), 1), unroll=unroll)
     return dataclasses.replace(loop, glue=1)
 
 
@@ -57,7 +57,7 @@ def overlap_loop(
 
     def step(x: jax.Array, w: jax.Array, gradient: jax.Array) -> State:
         for _ in range(products):
-            x, w = _product(x, w)
+            x, w = product(x, w)
         return x, w, lax.psum(gradient, GROUP)
 
     matrix = Operand(shape=(side, side), dtype=dtype, noise=True)
@@ -68,7 +68,7 @@ def overlap_loop(
     return dataclasses.replace(loop, products=products)
 
 
-def _product(x: jax.Array, w: jax.Array) -> State:
+def product(x: jax.Array, w: jax.Array) -> State:
     """Multiply, and write one element of the result into ``x``: the values stay as they are but for that one."""
     y = lax.optimization_barrier(x @ w)
     return lax.dynamic_update_slice(x, y[-1:, -1:], (0, 0)), w

@@ -10,8 +10,9 @@ import msgspec
 from ..cluster import Cluster
 from ..profile import HardwareProfile
 from ._agenda import MAIN_DTYPE, OVERLAP_SIDE
-from ._collective_parts import collective_fields, link_fields
+from ._collective_parts import collective_fields
 from ._compute_parts import copy_fields, launch_fields, overlap_fields, product_fields
+from ._link_parts import eager_fields, link_fields
 from ._machine import provenance_of
 from ._parts import UNSTEADY_SPREAD, Part, find_overheads
 from ._readings import Machine, Reading
@@ -46,6 +47,7 @@ def assemble_profile(
         overlap_fields(known, overheads, OVERLAP_SIDE[machine.platform]),
         collective_fields(known, overheads, cluster),
         link_fields(known, overheads, cluster),
+        eager_fields(known, overheads, OVERLAP_SIDE[machine.platform], cluster),
     )
     unsteady = sorted((r for r in readings if r.spread > UNSTEADY_SPREAD), key=lambda r: -r.spread)
     notes += summarize("unsteady", [f"{r.subject.text} (spread {r.spread:.0%})" for r in unsteady])

@@ -10,12 +10,17 @@ import msgspec
 
 from .._document import Document, Value
 from ..profile import Bytes, Count, NonNegative, Positive
+from ..units import KIB
 from ._text import format_si
 
 LOOP, LAUNCH, COPY, MATMUL, OVERLAP, MESSAGE = "loop", "launch", "copy", "matmul", "overlap", "message"
+SENDER = "message before products of its sender"
 """Subjects that are no collective: a trip with one tiny kernel; a trip with many of them; x + 1 over a large array; a
 product of two square matrices; an all-reduce beside products that do not need it; a message from each device of a node
-to its partner on the next one."""
+to its partner on the next one; such a message, products of its sender after it, and an answer."""
+
+ANSWER_BYTES = KIB
+"""Size of the smallest message that is measured, and of the answer."""
 
 
 Series = tuple[str, str, str, int, int]
@@ -73,7 +78,7 @@ class Reading(Value, frozen=True, kw_only=True, omit_defaults=True):
     glue: Bytes = 0
     """Kernels with next to nothing to do that each operation brings along."""
     products: Bytes = 0
-    """Products beside one all-reduce (overlap only)."""
+    """Products beside one all-reduce, or after one message."""
     flops: NonNegative = 0.0
     """Of one operation, as the compiler counts them; 0 where it does not tell."""
 
@@ -83,6 +88,16 @@ def overlap_parts(subject: Subject, side: int, readings: Mapping[Subject, Readin
     alone = readings.get(msgspec.structs.replace(subject, what="all-reduce", dtype=""))
     product = readings.get(Subject(what=MATMUL, size=product_flops(side), dtype=subject.dtype))
     return (alone, product) if alone and product else None
+
+
+def sender_parts(
+    subject: Subject, side: int, readings: Mapping[Subject, Reading]
+) -> tuple[Reading, Reading, Reading] | None:
+    """Return the readings of the message, its answer and one product of ``subject``, if known."""
+    alone = msgspec.structs.replace(subject, what=MESSAGE, dtype="")
+    message, answer = readings.get(alone), readings.get(msgspec.structs.replace(alone, size=ANSWER_BYTES))
+    product = readings.get(Subject(what=MATMUL, size=product_flops(side), dtype=subject.dtype))
+    return (message, answer, product) if message and answer and product else None
 
 
 def product_flops(side: int) -> int:

@@ -44,8 +44,9 @@ def longest_path(schedule: Schedule, stages: list[StageTime], crossings: list[Cr
 
     def early(event: Event, s: int) -> float:
         """By how much slice ``s`` is free before the event ends."""
-        is_sender = isinstance(event, Transfer) and event.source % slices == s
-        return max(0.0, duration(event) - crossings[event.boundary].sender_s) if is_sender else 0.0
+        if not isinstance(event, Transfer) or event.source % slices != s:
+            return 0.0
+        return max(0.0, duration(event) - crossings[event.boundary].sender_s)
 
     own = [[event for event in order if s in slices_of(event, slices) and holds(event)] for s in range(slices)]
     edges = [(a, b, early(a, s)) for s, events in enumerate(own) for a, b in itertools.pairwise(events)]

@@ -7,7 +7,16 @@ import pytest
 from galvatron_jax.cluster import divisors, parse_cluster
 from galvatron_jax.errors import ClusterError
 from galvatron_jax.profilers._agenda import KINDS, DeviceGroup, device_groups, hardware_agenda
-from galvatron_jax.profilers._readings import LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, product_flops, product_side
+from galvatron_jax.profilers._readings import (
+    LAUNCH,
+    LOOP,
+    MATMUL,
+    MESSAGE,
+    OVERLAP,
+    SENDER,
+    product_flops,
+    product_side,
+)
 from galvatron_jax.units import KIB, MIB
 
 
@@ -72,6 +81,10 @@ def test_messages_between_nodes_come_before_collectives(quick: bool) -> None:
     assert {(agenda[n].group, agenda[n].stride) for n in messages} == {(3, 4)}
     assert max(messages) < min(n for n, s in enumerate(agenda) if s.what == "all-gather")
     assert not [s for s in hardware_agenda(parse_cluster("1x4"), "cpu", quick=quick) if s.what == MESSAGE]
+    (sender,) = [s for s in agenda if s.what == SENDER]
+    assert sender.size in {agenda[n].size for n in messages}
+    assert agenda.index(sender) > max(messages)
+    assert not [s for s in hardware_agenda(parse_cluster("3x4"), "gpu", quick=quick) if s.what == SENDER]
 
 
 def test_sizes_in_between_are_measured_over_several_nodes_only() -> None:

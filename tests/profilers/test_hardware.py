@@ -16,7 +16,17 @@ from galvatron_jax.profilers._agenda import KINDS, OVERLAP_BYTES, OVERLAP_SIDE, 
 from galvatron_jax.profilers._hardware import Assembly, assemble_profile
 from galvatron_jax.profilers._links import bus_factor, expected_seconds, fit_link, ring_steps
 from galvatron_jax.profilers._parts import find_overheads
-from galvatron_jax.profilers._readings import COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, Reading, product_flops
+from galvatron_jax.profilers._readings import (
+    COPY,
+    LAUNCH,
+    LOOP,
+    MATMUL,
+    MESSAGE,
+    OVERLAP,
+    SENDER,
+    Reading,
+    product_flops,
+)
 from galvatron_jax.profilers._report import plain_table, report_rows
 
 from .fakes import MACHINE, reading
@@ -172,20 +182,42 @@ def test_assembly_has_one_table_for_each_kind_group_and_place(profile: HardwareP
 
 def test_messages_tell_the_link_between_nodes_not_what_gathers_make_of_it() -> None:
     nodes, node = CLUSTER.nodes, CLUSTER.gpus_per_node
-    sizes = (1 << 10, 1 << 16, 1 << 20)
+    sizes = (1 << 10, 1 << 16, 1 << 18, 1 << 20)
     gathers = [
         reading(3 * expected_seconds("all-gather", nodes, s, INTER), "all-gather", size=s, group=nodes, stride=node)
         for s in sizes
     ]
     messages = [
         reading(INTER.latency_s + s / INTER.bandwidth_bytes_per_s, MESSAGE, size=s, group=nodes, stride=node)
-        for s in sizes
+        for s in sizes[1:]
     ]
+    messages += [reading(1e-7, MESSAGE, size=sizes[0], group=nodes, stride=node)]  # a bucket that is full
     found = assemble([*gathers, *messages]).profile
     assert found.inter_node.bandwidth_bytes_per_s == pytest.approx(INTER.bandwidth_bytes_per_s, rel=1e-6)
     assert found.inter_node.latency_s == pytest.approx(INTER.latency_s, rel=1e-6)
     assert "messages" in found.sources["inter_node"]
     assert {table.kind for table in found.collectives} == {"all-gather"}
+
+
+@pytest.mark.parametrize(("eager", "found"), [(0.0, 0.0), (1e5, 1e5), (3e5, float(1 << 18)), (1e9, float(1 << 18))])
+def test_sender_is_free_when_buffers_have_the_rest(eager: float, found: float) -> None:
+    """A sender that waits for the whole message, for a part, for nothing: T = max(message, held + c) + answer."""
+    place = {"group": CLUSTER.nodes, "stride": CLUSTER.gpus_per_node}
+    link = Link(bandwidth_bytes_per_s=5e6, latency_s=1e-4)
+    messages = [
+        reading(link.latency_s + s / link.bandwidth_bytes_per_s, MESSAGE, size=s, **place)
+        for s in (1 << 10, 1 << 16, 1 << 18)
+    ]
+    answer, _, message = (r.seconds for r in messages)
+    side = OVERLAP_SIDE[MACHINE.platform]
+    each = product_s(product_flops(side)) + LAUNCH_S
+    count = math.ceil(1.25 * message / each)
+    held = max(0.0, (1 << 18) - eager) / link.bandwidth_bytes_per_s
+    both = max(message, held + count * each) + answer
+    sender = reading(both + LOOP_S, SENDER, size=1 << 18, dtype="bfloat16", products=count, **place)
+    profile = assemble([*overheads(), *products(), *messages, sender]).profile
+    assert profile.eager_bytes == pytest.approx(found, abs=2e3)
+    assert load_hardware("h100").eager_bytes == 0.0
 
 
 def test_table_is_the_slowest_placement() -> None:
@@ -242,7 +274,8 @@ def test_sources_say_what_was_measured_and_what_was_not(profile: HardwareProfile
     assert set(profile.sources) == set(BASE.sources)
     stamp = "measured 2026-11-22 on 8 x NVIDIA H200 (1x8, jax 0.10.2, driver 570.86, processes: 1)"
     bundled = {field for field, text in profile.sources.items() if text.startswith("from h200: ")}
-    assert bundled == {"memory_bytes", "reserved_bytes", "fused_attention", "sums_before_reducing", "combines_gathers"}
+    assumed = {"memory_bytes", "reserved_bytes", "eager_bytes"}
+    assert bundled == assumed | {"fused_attention", "sums_before_reducing", "combines_gathers"}
     assert all(text.startswith(stamp) for field, text in profile.sources.items() if field not in bundled)
     assert "not measured" in profile.sources["attention_efficiency"]
 

@@ -19,7 +19,7 @@ from galvatron_jax.profilers._compute import launch_loop, product_loop
 from galvatron_jax.profilers._hlo import count_in_loop
 from galvatron_jax.profilers._loop import LOCAL, group_mesh, steps_in_trip
 from galvatron_jax.profilers._programs import subject_loop
-from galvatron_jax.profilers._readings import MATMUL, MESSAGE, OVERLAP, Subject, product_flops
+from galvatron_jax.profilers._readings import ANSWER_BYTES, MATMUL, MESSAGE, OVERLAP, SENDER, Subject, product_flops
 from galvatron_jax.profilers._timing import MeasurementError
 from galvatron_jax.units import KIB, MIB
 
@@ -123,6 +123,21 @@ def test_messages_go_there_and_back_between_every_second_node_and_the_next(nodes
     ]
     assert found == [pairs, {(b, a) for a, b in pairs}]
     loop.run(3)
+
+
+def test_senders_compute_longer_than_their_message_takes() -> None:
+    subject = Subject(what=SENDER, size=64 * KIB, dtype="float32", group=4, stride=2)
+    message = Subject(what=MESSAGE, size=64 * KIB, group=4, stride=2)
+    answer = Subject(what=MESSAGE, size=ANSWER_BYTES, group=4, stride=2)
+    product = Subject(what=MATMUL, size=product_flops(OVERLAP_SIDE["cpu"]), dtype="float32")
+    times = {message: 8e-4, answer: 1e-5, product: 2e-4}
+    known = {s: reading(t, **{f: getattr(s, f) for f in s.__struct_fields__}) for s, t in times.items()}
+    loop = subject_loop(subject, known, jax.devices())
+    assert loop.products == 5
+    assert count_in_loop(loop.text, "collective-permute") == 2
+    loop.run(3)
+    with pytest.raises(MeasurementError, match="was not measured"):
+        subject_loop(subject, {message: known[message]}, jax.devices())
 
 
 def test_overlap_holds_twice_the_compute_of_its_all_reduce() -> None:
