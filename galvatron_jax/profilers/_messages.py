@@ -93,8 +93,8 @@ def sender_loop(
 def _together(x: jax.Array, result: jax.Array) -> jax.Array:
     """Return ``x`` when all devices of a node have their ``result``.
 
-    Else some would send while others receive, and the link would be each one's alone. An all-reduce of one number inside
-    a node: it is a part of the latency.
+    Else some would send while others receive, and the link would be each one's alone. The latency includes it: an
+    all-reduce of one number inside a node.
     """
     return _fed(x, lax.psum(result.reshape(-1)[-1:], AFTER))
 
