@@ -133,8 +133,8 @@ class Weights(NamedTuple):
     """What one device holds where zero does not shard: divided + whole."""
     sharded: WeightBytes
     """What one device holds where zero shards: divided / ranks + whole."""
-    arrays: int
-    """How many parameters there are."""
+    shares: tuple[float, ...]
+    """Each parameter's share of all elements of the layer."""
     tied: WeightBytes
     """The part of divided + whole that a layer before holds too."""
     own_divided: WeightBytes
@@ -147,6 +147,11 @@ class Weights(NamedTuple):
     def held(self, is_sharded: bool) -> WeightBytes:
         """Return what one device holds."""
         return self.sharded if is_sharded else self.replicated
+
+    @property
+    def arrays(self) -> int:
+        """How many parameters there are."""
+        return len(self.shares)
 
     def own(self, is_sharded: bool) -> WeightBytes:
         """Return what one device holds besides the arrays that a layer before it on the same stage keeps."""
@@ -195,12 +200,17 @@ def weigh(kind: LayerKind, tp: int, ranks: int) -> Weights:
         whole=whole,
         replicated=divided.plus(whole),
         sharded=divided.scaled(1 / ranks).plus(whole),
-        arrays=len(kind.parameters),
+        shares=_shares(kind, shards),
         tied=tied_divided.plus(tied_whole),
         own_divided=own_divided,
         own_replicated=own_divided.plus(own_whole),
         own_sharded=own_divided.scaled(1 / ranks).plus(own_whole),
     )
+
+
+def _shares(kind: LayerKind, shards: dict[str, int]) -> tuple[float, ...]:
+    elements = [parameter.array().elements(kind.classes, shards) for parameter in kind.parameters]
+    return tuple(each / sum(elements) for each in elements)
 
 
 def _by_zero(

@@ -14,7 +14,17 @@ from galvatron_jax.cost import LayerCost, collective_seconds, device_group, esti
 from galvatron_jax.cost._overlap import exposed_seconds
 from galvatron_jax.cost._weights import Spread, weight_work
 from galvatron_jax.plan import Strategy
-from galvatron_jax.profile import Array, Collective, CollectiveKind, Dot, LayerKind, Link, Parameter, Traffic
+from galvatron_jax.profile import (
+    Array,
+    Collective,
+    CollectiveKind,
+    CollectiveTable,
+    Dot,
+    LayerKind,
+    Link,
+    Parameter,
+    Traffic,
+)
 from tests.cost.settings import HARDWARE, KINDS, MODEL, legal_strategies, setting, strategies
 from tests.support.toy_models import toy_hardware
 
@@ -118,6 +128,23 @@ def test_backend_that_combines_nothing_pays_the_latency_of_each_array(zero: int)
         seconds.append(work.gather_s + work.reduce_each_s + work.reduce_once_s + work.gather_once_s)
     expected = _latency("all-reduce") if zero == 0 else _latency("reduce-scatter") + _latency("all-gather")
     assert seconds[0] - seconds[1] == pytest.approx(expected)
+
+
+def test_arrays_that_move_apart_take_the_time_of_their_own_sizes() -> None:
+    """By a table that bends: of a matrix and a vector the vector is nearly free, two halves would not be."""
+    table = CollectiveTable(
+        kind="all-reduce", group=8, inside_node=False, sizes_bytes=(1e3, 1e5, 1e7), times_s=(1e-4, 2e-3, 1e-2)
+    )
+    hardware = msgspec.structs.replace(HARDWARE, combines_gathers=False, collectives=(table,))
+    matrix = msgspec.structs.replace(LAYER.parameters[0], dims=(("embed",), ("mlp",)))
+    vector = msgspec.structs.replace(LAYER.parameters[0], path="v", dims=(("embed",),))
+    kind = msgspec.structs.replace(LAYER, parameters=(matrix, vector))
+    work = weight_work(kind, hardware, Spread.of(Strategy(dp=8)), False, 8, 4, False)
+    sizes = [p.array(p.compute_dtype).local_bytes(kind.classes, {}) for p in kind.parameters]
+    group = device_group(8, 1, 4)
+    expected = sum(collective_seconds("all-reduce", size, group, hardware) for size in sizes)
+    assert work.reduce_once_s == pytest.approx(expected)
+    assert work.reduce_once_s < 0.9 * 2 * collective_seconds("all-reduce", sum(sizes) / 2, group, hardware)
 
 
 def _latency(kind: CollectiveKind) -> float:
