@@ -1,6 +1,7 @@
 """Compile the plans of the ledger for 16 H100, without a GPU, and write one raw record each.
 
     python -m benchmarks.accuracy.compile [NAME ...]      # default: those without a record; needs the extra [verify]
+                                                          # "fused": also pip install --no-deps nvidia-cudnn-cu12
 
 A record holds what the compiler said and the plan it said it of; no estimate, so that a better formula is judged by the
 same records (``benchmarks.accuracy.ledger``). 10 to 40 s per plan on two idle cores.
@@ -21,11 +22,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported: here it only trac
 
 import msgspec
 
-from galvatron_jax.errors import GalvatronError
+from galvatron_jax.analysis import has_cudnn
+from galvatron_jax.errors import GalvatronError, ToolchainError
 from galvatron_jax.verify import StageCheck, Verification, verify_plan
 from galvatron_jax.verify._report import as_data
 
-from .plans import CASES, PIPELINES, Case, plan_of, random_cases
+from .plans import Case, all_cases, asks_for_kernels, plan_of
 
 RECORDS = Path(__file__).parents[1] / "records" / "memory"
 
@@ -38,6 +40,8 @@ def record_path(name: str) -> Path:
 def compile_case(name: str, case: Case) -> dict[str, Any]:
     """Return the record of one plan; of a pipeline, ``stages`` has one entry for each device slice."""
     plan = plan_of(case)
+    if asks_for_kernels(case.model) and not has_cudnn():
+        raise ToolchainError("cuDNN is not installed", action="pip install --no-deps nvidia-cudnn-cu12")
     found = verify_plan(plan, model=f"benchmarks.accuracy.models:{case.model}")
     stages = as_data(found)["stages"]
     parts = [_slice(found, stages, s) for s in range(plan.slices)]
@@ -45,6 +49,7 @@ def compile_case(name: str, case: Case) -> dict[str, Any]:
         "name": name,
         "model": case.model,
         "plan": msgspec.to_builtins(plan),
+        "fused_attention": any(check.attention_is_fused for check in found.stages),
         **(parts[0] if len(parts) == 1 else {"stages": parts}),
         "compile_s": round(found.compiled.compile_s, 3),
         "versions": found.compiled.versions,
@@ -86,7 +91,7 @@ def _commit() -> str:
 
 def main(names: list[str]) -> None:
     """Compile the named plans, or all that have no record yet."""
-    cases = {**CASES, **PIPELINES, **random_cases()}
+    cases = all_cases()
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name in names or [name for name in cases if not record_path(name).exists()]:
         try:

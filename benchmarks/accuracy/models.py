@@ -5,8 +5,9 @@ Each function returns (builder, loss, batch), as ``--model benchmarks.accuracy.m
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +16,11 @@ from flax import nnx
 
 from galvatron_jax.models import Llama, LlamaConfig, llama_config, next_token_loss
 
+Kernel = Literal["xla", "cudnn"]
 Subject = tuple[Callable[[], nnx.Module], Callable[[Any, Any], jax.Array], Any]
 
 BF16 = jnp.bfloat16
+_LLAMA_70B = LlamaConfig(vocab=32_000, embed=8192, mlp=28_672, layers=80, heads=64, kv_heads=8, seq=4096)
 
 
 def llama_7b_two_layers() -> Subject:
@@ -32,12 +35,12 @@ def llama_7b_four_layers() -> Subject:
 
 def llama_70b_three_layers() -> Subject:
     """Three blocks of Llama-2-70B (8 kv heads for 64 heads) with its embedding and head, 4096 positions."""
-    return _llama(LlamaConfig(vocab=32_000, embed=8192, mlp=28_672, layers=3, heads=64, kv_heads=8, seq=4096))
+    return _llama(dataclasses.replace(_LLAMA_70B, layers=3))
 
 
 def llama_70b_nine_layers() -> Subject:
     """The same with nine blocks: what the memory profiler reads slopes from."""
-    return _llama(LlamaConfig(vocab=32_000, embed=8192, mlp=28_672, layers=9, heads=64, kv_heads=8, seq=4096))
+    return _llama(dataclasses.replace(_LLAMA_70B, layers=9))
 
 
 def llama_100m() -> Subject:
@@ -62,15 +65,12 @@ def llama_8b_six_layers() -> Subject:
 
 def gpt2_large_six_layers() -> Subject:
     """Six blocks of GPT-2 large: layer norms, biases, GELU, learned positions, a tied head, 1024 positions."""
-    ids = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
-    return (lambda: GPT2(vocab=50_304, embed=1280, heads=20, layers=6, seq=1024, rngs=nnx.Rngs(0))), _next_token, ids
+    return _gpt2("xla")
 
 
 def bert_large_eight_layers() -> Subject:
     """Eight blocks of BERT-large: post-norm, padding masks from the batch, a loss on unmasked positions, 512 in all."""
-    ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
-    batch = {"ids": ids, "mask": jax.ShapeDtypeStruct((1, 512), jnp.bool_), "labels": ids}
-    return (lambda: Bert(vocab=30_592, embed=1024, heads=16, layers=8, seq=512, rngs=nnx.Rngs(0))), _masked, batch
+    return _bert("xla")
 
 
 def vit_huge_six_layers() -> Subject:
@@ -80,25 +80,69 @@ def vit_huge_six_layers() -> Subject:
     return (lambda: ViT(embed=1280, heads=16, layers=6, rngs=nnx.Rngs(0))), _classify, batch
 
 
+def llama_7b_fused() -> Subject:
+    """The preset ``llama2-7b``, 32 blocks at 4096 positions, its attention by cuDNN's kernel."""
+    return _llama(dataclasses.replace(llama_config("llama2-7b"), attention="cudnn"))
+
+
+def llama_70b_nine_layers_fused() -> Subject:
+    """Nine blocks of Llama-2-70B, 4096 positions, attention by cuDNN's kernel."""
+    return _llama(dataclasses.replace(_LLAMA_70B, layers=9, attention="cudnn"))
+
+
+def gpt2_large_six_layers_fused() -> Subject:
+    """The six blocks of GPT-2 large, attention by cuDNN's kernel."""
+    return _gpt2("cudnn")
+
+
+def bert_large_eight_layers_fused() -> Subject:
+    """The eight blocks of BERT-large, attention with its padding masks by cuDNN's kernel."""
+    return _bert("cudnn")
+
+
 def _llama(config: LlamaConfig) -> Subject:
     tokens = jax.ShapeDtypeStruct((1, config.seq), jnp.int32)
     return (lambda: Llama(config, rngs=nnx.Rngs(0))), next_token_loss, {"inputs": tokens, "targets": tokens}
 
 
+def _gpt2(kernel: Kernel) -> Subject:
+    sizes = Sizes(vocab=50_304, embed=1280, heads=20, layers=6, seq=1024, kernel=kernel)
+    return (lambda: GPT2(sizes, rngs=nnx.Rngs(0))), _next_token, jax.ShapeDtypeStruct((1, sizes.seq), jnp.int32)
+
+
+def _bert(kernel: Kernel) -> Subject:
+    sizes = Sizes(vocab=30_592, embed=1024, heads=16, layers=8, seq=512, kernel=kernel)
+    ids = jax.ShapeDtypeStruct((1, sizes.seq), jnp.int32)
+    batch = {"ids": ids, "mask": jax.ShapeDtypeStruct((1, sizes.seq), jnp.bool_), "labels": ids}
+    return (lambda: Bert(sizes, rngs=nnx.Rngs(0))), _masked, batch
+
+
 # ---------------------------------------------------------------------------------------------------------------- parts
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a language model, and what runs its attention."""
+
+    vocab: int
+    embed: int
+    heads: int
+    layers: int
+    seq: int
+    kernel: Kernel = "xla"
+
+
 class Attention(nnx.Module):
     """Multi-head attention with biases, B: batch, S: sequence, H: heads, D: width of a head."""
 
-    def __init__(self, embed: int, heads: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, embed: int, heads: int, kernel: Kernel = "xla", *, rngs: nnx.Rngs) -> None:
         """Make query, key, value and output projections."""
-        head = embed // heads
+        head, self.kernel = embed // heads, kernel
         self.q, self.k, self.v = (nnx.LinearGeneral(embed, (heads, head), dtype=BF16, rngs=rngs) for _ in range(3))
         self.o = nnx.LinearGeneral((heads, head), embed, axis=(-2, -1), dtype=BF16, rngs=rngs)
 
     def __call__(self, x_BSE: jax.Array, *, causal: bool = False, mask: jax.Array | None = None) -> jax.Array:
         """Attend over all positions, over those before, or over those that ``mask`` allows."""
         y_BSHD = jax.nn.dot_product_attention(
-            self.q(x_BSE), self.k(x_BSE), self.v(x_BSE), mask=mask, is_causal=causal, implementation="xla"
+            self.q(x_BSE), self.k(x_BSE), self.v(x_BSE), mask=mask, is_causal=causal, implementation=self.kernel
         )
         out: jax.Array = self.o(y_BSHD)
         return out
@@ -121,11 +165,11 @@ class Mlp(nnx.Module):
 class PreNormBlock(nnx.Module):
     """A block of GPT-2 and ViT."""
 
-    def __init__(self, embed: int, heads: int, *, causal: bool, rngs: nnx.Rngs) -> None:
+    def __init__(self, embed: int, heads: int, kernel: Kernel = "xla", *, causal: bool, rngs: nnx.Rngs) -> None:
         """Make norms, attention and MLP."""
         self.causal = causal
         self.norm_1, self.norm_2 = (nnx.LayerNorm(embed, dtype=BF16, rngs=rngs) for _ in range(2))
-        self.attention, self.mlp = Attention(embed, heads, rngs=rngs), Mlp(embed, rngs=rngs)
+        self.attention, self.mlp = Attention(embed, heads, kernel, rngs=rngs), Mlp(embed, rngs=rngs)
 
     def __call__(self, x_BSE: jax.Array) -> jax.Array:
         """Add attention, then the MLP, each after a norm."""
@@ -137,10 +181,10 @@ class PreNormBlock(nnx.Module):
 class PostNormBlock(nnx.Module):
     """A block of BERT."""
 
-    def __init__(self, embed: int, heads: int, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, embed: int, heads: int, kernel: Kernel, *, rngs: nnx.Rngs) -> None:
         """Make norms, attention and MLP."""
         self.norm_1, self.norm_2 = (nnx.LayerNorm(embed, dtype=BF16, rngs=rngs) for _ in range(2))
-        self.attention, self.mlp = Attention(embed, heads, rngs=rngs), Mlp(embed, rngs=rngs)
+        self.attention, self.mlp = Attention(embed, heads, kernel, rngs=rngs), Mlp(embed, rngs=rngs)
 
     def __call__(self, x_BSE: jax.Array, mask: jax.Array) -> jax.Array:
         """Add attention, then the MLP, with a norm after each."""
@@ -152,11 +196,13 @@ class PostNormBlock(nnx.Module):
 class GPT2(nnx.Module):
     """A language model with a tied head."""
 
-    def __init__(self, *, vocab: int, embed: int, heads: int, layers: int, seq: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
         """Make tables, blocks and the last norm."""
-        self.tokens = nnx.Embed(vocab, embed, dtype=BF16, rngs=rngs)
-        self.positions = nnx.Embed(seq, embed, dtype=BF16, rngs=rngs)
-        self.blocks = nnx.List([PreNormBlock(embed, heads, causal=True, rngs=rngs) for _ in range(layers)])
+        embed, heads, kernel = sizes.embed, sizes.heads, sizes.kernel
+        self.tokens = nnx.Embed(sizes.vocab, embed, dtype=BF16, rngs=rngs)
+        self.positions = nnx.Embed(sizes.seq, embed, dtype=BF16, rngs=rngs)
+        blocks = [PreNormBlock(embed, heads, kernel, causal=True, rngs=rngs) for _ in range(sizes.layers)]
+        self.blocks = nnx.List(blocks)
         self.norm = nnx.LayerNorm(embed, dtype=BF16, rngs=rngs)
 
     def __call__(self, ids_BS: jax.Array) -> jax.Array:
@@ -171,19 +217,24 @@ class GPT2(nnx.Module):
 class Bert(nnx.Module):
     """An encoder with a language-model head."""
 
-    def __init__(self, *, vocab: int, embed: int, heads: int, layers: int, seq: int, rngs: nnx.Rngs) -> None:
+    def __init__(self, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
         """Make tables, blocks and head."""
-        self.tokens = nnx.Embed(vocab, embed, dtype=BF16, rngs=rngs)
-        self.positions = nnx.Embed(seq, embed, dtype=BF16, rngs=rngs)
+        embed, heads, kernel = sizes.embed, sizes.heads, sizes.kernel
+        self.tokens = nnx.Embed(sizes.vocab, embed, dtype=BF16, rngs=rngs)
+        self.positions = nnx.Embed(sizes.seq, embed, dtype=BF16, rngs=rngs)
         self.norm = nnx.LayerNorm(embed, dtype=BF16, rngs=rngs)
-        self.blocks = nnx.List([PostNormBlock(embed, heads, rngs=rngs) for _ in range(layers)])
-        self.head = nnx.Linear(embed, vocab, dtype=BF16, rngs=rngs)
+        self.blocks = nnx.List([PostNormBlock(embed, heads, kernel, rngs=rngs) for _ in range(sizes.layers)])
+        self.kernel = kernel
+        self.head = nnx.Linear(embed, sizes.vocab, dtype=BF16, rngs=rngs)
 
     def __call__(self, ids_BS: jax.Array, mask_BS: jax.Array) -> jax.Array:
         """Return logits."""
         x_BSE = self.norm(self.tokens(ids_BS) + self.positions(jnp.arange(ids_BS.shape[1]))[None])
+        mask_BHTS = mask_BS[:, None, None, :]
+        if self.kernel == "cudnn":  # it takes no mask that is the same for all queries
+            mask_BHTS = jnp.broadcast_to(mask_BHTS, (mask_BS.shape[0], 1, mask_BS.shape[1], mask_BS.shape[1]))
         for block in self.blocks:
-            x_BSE = block(x_BSE, mask_BS[:, None, None, :])
+            x_BSE = block(x_BSE, mask_BHTS)
         out: jax.Array = self.head(x_BSE)
         return out
 

@@ -13,7 +13,7 @@ import random
 
 import jax
 
-from galvatron_jax.analysis import analyse_model
+from galvatron_jax.analysis import Analysis, analyse_model
 from galvatron_jax.cluster import Cluster
 from galvatron_jax.plan import Plan, PlanRun, ScheduleName, Stage, Strategy, model_reference, strategy_violations
 from galvatron_jax.profile import ModelProfile
@@ -159,14 +159,47 @@ PIPELINES: dict[str, Case] = {
 }
 """Plans of several stages."""
 
+_7B_FUSED, _70B_FUSED = "llama_7b_fused", "llama_70b_nine_layers_fused"
+_GPT2_FUSED, _BERT_FUSED = "gpt2_large_six_layers_fused", "bert_large_eight_layers_fused"
 
-@functools.cache
+FUSED: dict[str, Case] = {
+    "7B whole, fused, fsdp, 8 microbatches": case(_7B_FUSED, 512, S(dp=16, zero=3), edges=S(dp=16, zero=1), m=8),
+    "7B whole, fused, fsdp, remat": case(_7B_FUSED, 64, S(dp=16, zero=3, remat="full")),
+    "7B whole, fused, hsdp 2, dots": case(_7B_FUSED, 32, S(dp=16, zero=3, replicas=2, remat="dots")),
+    "7B whole, fused, tp 8, sp, zero 1": case(_7B_FUSED, 16, S(tp=8, sp=True, dp=2, zero=1)),
+    "7B whole, fused, ulysses 4, fsdp": case(_7B_FUSED, 16, S(ulysses=4, dp=4, zero=3)),
+    "7B whole, fused, pp 2, zero 1": piped(case(_7B_FUSED, 64, S(dp=8, zero=1), m=8), 2),
+    "70B, fused, tp 8, sp, zero 3, remat": case(_70B_FUSED, 16, S(tp=8, sp=True, dp=2, zero=3, remat="full")),
+    "70B, fused, fsdp, dots": case(_70B_FUSED, 16, S(dp=16, zero=3, remat="dots")),
+    "GPT-2, fused, zero 1, 2 microbatches": case(_GPT2_FUSED, 256, S(dp=16, zero=1), m=2),
+    "GPT-2, fused, fsdp, dots": case(_GPT2_FUSED, 256, S(dp=16, zero=3, remat="dots")),
+    "BERT, fused, dp": case(_BERT_FUSED, 512, S(dp=16)),
+    "BERT, fused, tp 2, zero 2, remat": case(_BERT_FUSED, 512, S(tp=2, dp=8, zero=2, remat="full")),
+}
+"""Plans of models that ask for cuDNN's attention; chosen before any of their programs was compiled."""
+
+
+def all_cases() -> dict[str, Case]:
+    """Return every plan of the ledger by name."""
+    return {**CASES, **FUSED, **PIPELINES, **random_cases()}
+
+
 def profile_of(model: str) -> ModelProfile:
     """Return the present profile of a model: estimates are made with the analysis as it is now."""
+    return _analysis_of(model).profile
+
+
+def asks_for_kernels(model: str) -> bool:
+    """Tell whether a model's attention runs by a kernel where there is one."""
+    return _analysis_of(model).asks_for_kernels
+
+
+@functools.cache
+def _analysis_of(model: str) -> Analysis:
     build, loss, batch = getattr(models, model)()
     # A batch of one sample has no batch dimension to shard.
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((CLUSTER.devices, *x.shape[1:]), x.dtype), batch)
-    return analyse_model(build, loss, batch, name=model).profile
+    return analyse_model(build, loss, batch, name=model)
 
 
 def plan_of(case: Case) -> Plan:
