@@ -11,6 +11,7 @@ reduce-scattered inside and all-reduced across.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 import msgspec
@@ -132,7 +133,10 @@ def _ulysses_violations(kind: LayerKind, strategy: Strategy) -> list[str]:
 def zero_dim(parameter: Parameter, sizes: dict[str, int], tensor_shards: dict[str, int], ranks: int) -> int | None:
     """Return the dimension of ``parameter`` that ZeRO shards ``ranks`` ways, or None when none divides.
 
-    The largest dimension (as left by tensor parallelism) that ``ranks`` divides; the first of equals.
+    The first dimension (as left by tensor parallelism) that ``ranks`` divide: its shards are whole pieces of memory, so
+    that neither gathers nor reduce-scatters transpose anything. XLA:GPU does both along the first dimension only; of
+    another it transposes gathered weights, whole gradients and, outside the loop, whole stacks of parameters
+    (docs/design/0101).
 
     Args:
         parameter: The parameter.
@@ -140,11 +144,8 @@ def zero_dim(parameter: Parameter, sizes: dict[str, int], tensor_shards: dict[st
         tensor_shards: Shards of each class by tensor parallelism (``Candidate.shards``).
         ranks: Ranks to shard over (``Strategy.zero_ranks``).
     """
-    best, best_size = None, 0
     for position, dim in enumerate(parameter.dims):
-        size = 1
-        for f in dim:
-            size *= f if isinstance(f, int) else sizes[f] // tensor_shards.get(f, 1)
-        if size % ranks == 0 and size > best_size:
-            best, best_size = position, size
-    return best
+        size = math.prod(f if isinstance(f, int) else sizes[f] // tensor_shards.get(f, 1) for f in dim)
+        if size % ranks == 0:
+            return position
+    return None

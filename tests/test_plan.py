@@ -180,9 +180,9 @@ def test_load_plan_of_another_document_raises(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dims", "tensor_shards", "dp", "chosen"),
     [
-        ((("embed",), ("mlp",)), {}, 4, 1),  # the largest that divides
-        ((("embed",), ("mlp",)), {"mlp": 4}, 4, 0),  # 32 against 96 / 4
-        ((("embed",), ("embed",)), {}, 2, 0),  # the first of equals
+        ((("embed",), ("mlp",)), {}, 4, 0),
+        ((("mlp",), ("embed",)), {"mlp": 4}, 4, 0),  # 96 / 4
+        ((("mlp",), ("embed",)), {"mlp": 4}, 16, 1),  # 24 does not divide by 16
         ((("embed",), ("mlp",)), {}, 3, 1),  # 32 does not divide by 3
         ((("heads", "head_dim"), (3,)), {}, 8, 0),  # a product of classes
         (((5,), (7,)), {}, 2, None),
@@ -190,7 +190,7 @@ def test_load_plan_of_another_document_raises(tmp_path: Path) -> None:
         ((("embed",),), {}, 64, None),
     ],
 )
-def test_zero_dim_is_the_largest_that_divides(
+def test_zero_dim_is_the_first_that_divides(
     dims: tuple[tuple[str | int, ...], ...], tensor_shards: dict[str, int], dp: int, chosen: int | None
 ) -> None:
     parameter = Parameter(path="w", dtype="float32", compute_dtype="bfloat16", dims=dims)

@@ -32,7 +32,7 @@ from galvatron_jax.verify._target import load_target
 from galvatron_jax.verify._worker import compile_request
 
 from .compile import record_path
-from .plans import CASES, Case, plan_of, profile_of, random_cases
+from .plans import Case, all_cases, asks_for_kernels, plan_of, profile_of
 
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(.*)")
 _VALUE = re.compile(r"^ value: <\d+ (\S+)(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (\S+)")
@@ -160,7 +160,8 @@ def compile_into(folder: Path, case: Case) -> Path:
 
 def report(case: Case, peak: Peak, rows: int) -> Iterator[str]:
     """Yield the lines of a report: the estimate, the peak by role and layer, and its largest buffers."""
-    hardware = msgspec.structs.replace(load_hardware("h100"), fused_attention=False)  # as the program is compiled
+    fused = asks_for_kernels(case.model)  # as the program is compiled
+    hardware = msgspec.structs.replace(load_hardware("h100"), fused_attention=fused)
     (stage,) = estimate_plan(plan_of(case), profile_of(case.model), hardware).stages
     yield f"estimate {stage.peak_bytes / GIB:8.3f} GiB  " + "  ".join(
         f"{name} {size / GIB:.3f}" for name, size in stage.memory.items()
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave the reports in this folder")
     parser.add_argument("--rows", type=int, default=25, help="buffers to list")
     options = parser.parse_args()
-    case = {**CASES, **(random_cases() if options.name.startswith("random") else {})}[options.name]
+    case = all_cases()[options.name]
     profile = profile_of(case.model)
     layers = {f"layers.{i}" for i in range(profile.layer_count)} | {run.kind for run in profile.layers}
     with tempfile.TemporaryDirectory() as temporary:

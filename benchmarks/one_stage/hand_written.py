@@ -34,13 +34,12 @@ def shapes(config: LlamaConfig) -> Tree:
 
 
 def specs(config: LlamaConfig, *, sharded: bool) -> Tree:
-    """Fully sharded: the largest dimension of each matrix over the devices; otherwise whole."""
+    """Fully sharded: the first dimension of each array over the devices; otherwise whole."""
 
     def spec(shape: tuple[int, ...], skip: int) -> P:
-        sizes = list(shape[skip:])
         entries: list[str | None] = [None] * len(shape)
         if sharded:
-            entries[skip + sizes.index(max(sizes))] = "d"
+            entries[skip] = "d"
         return P(*entries)
 
     tree = shapes(config)

@@ -23,6 +23,7 @@ from ..strategy import Remat
 from ._attention import Attention
 from ._border import EXCHANGED, Border
 from ._copies import Copies, PerRank, copyable, partial_axes, unreduced_axes
+from ._entrances import Entrances
 from ._kept import Kept
 from ._layout import LayerLayout, Role
 from ._mesh import Axes
@@ -223,7 +224,7 @@ class _Weights:
 def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, copied: frozenset[int]) -> list[Any]:
     layer = layout.kind.layer
     program, values = layer.forward, layer.forward_values
-    border, attention = Border(layout), Attention(layout)
+    border, attention, entrances = Border(layout), Attention(layout), Entrances(layout)
     ranks = PerRank(copies, [program.inputs[layer.parameters[position]] for position in copied])
     orders = product_orders(program)
     environment: dict[Any, Any] = {**program.constants, **dict(zip(program.inputs, inputs, strict=True))}
@@ -255,7 +256,7 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
         if equation in by_kernel:
             continue
         inside = border.is_inside(position)
-        results = run(equation, [read(v, inside) for v in equation.inputs])
+        results = run(equation, [entrances.enter(equation, v, read(v, inside)) for v in equation.inputs])
         for variable, result in zip(equation.outputs, results, strict=True):
             environment[variable] = place(variable, equation, result, inside)
     return [read(v) for v in program.outputs]

@@ -87,7 +87,7 @@ def test_partial_results_are_reduced_each_and_meet_across_replicas_once() -> Non
         (64, 8, {("reduce-scatter", 4, 64 * 8 * 4, False)}),  # as large as the rows
         (72, 8, {("all-gather", 4, 4 * 16 * (8 * 4 + 4), False)}),
         (8, 64, {("reduce-scatter", 4, 8 * 64 * 4, False)}),
-        (24, 64, {("all-to-all", 4, 16 * 64 * 4, False), ("all-gather", 4, 4 * 16 * 4, False)}),
+        (25, 64, {("all-to-all", 4, 16 * 64 * 4, False), ("all-gather", 4, 4 * 16 * 4, False)}),
     ],
 )
 def test_replicas_move_the_rows_of_a_lookup_where_they_are_less_than_the_table(

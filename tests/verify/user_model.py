@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.runtime.pipeline.planned import model_of
 from tests.support.small_models import small_llama
+from tests.zoo import ZOO
 
 
 def llama() -> tuple[Any, Any, Any]:
@@ -61,3 +62,9 @@ def _planned(name: str) -> tuple[Any, Any, Any]:
 
 def not_three_things() -> int:
     return 3
+
+
+def post_norm() -> tuple[Any, Any, Any]:
+    """BERT: queries, keys, values and the residual connection read one value."""
+    case = ZOO["bert"]()
+    return case.build, case.loss, case.spec
