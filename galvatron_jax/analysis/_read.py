@@ -30,8 +30,20 @@ def read_model(model: Any, loss: Loss, batch: Any) -> PureModel:
         batch: A pytree of arrays or ``jax.ShapeDtypeStruct``.
 
     Raises:
-        AnalysisError: ``model`` is none of these, or cannot be built.
+        AnalysisError: ``model`` is none of these, cannot be built, or has nothing to train.
     """
+    found = _read_any(model, loss, batch)
+    if not jax.tree.leaves(found.parameters):
+        raise AnalysisError(
+            f"{found.name} has no parameters",
+            expected="nnx.Param, the collection params of Linen, or floating-point arrays of a tree",
+            where="model",
+            action="pass the module that holds what is trained; there is nothing to shard or to train here",
+        )
+    return found
+
+
+def _read_any(model: Any, loss: Loss, batch: Any) -> PureModel:
     if isinstance(model, nnx.Module):
         return read_nnx(model, loss)
     if isinstance(model, nn.Module):

@@ -66,12 +66,16 @@ def _convolution(rule: Rule) -> list[list[Dim]]:
     dims: list[Dim] = [[] for _ in aval.shape]
     dims[numbers.out_spec[0]] = list(image.dims[numbers.lhs_spec[0]])
     dims[numbers.out_spec[1]] = list(kernel.dims[numbers.rhs_spec[0]])
-    if rule.params["feature_group_count"] == 1 and rule.params["batch_group_count"] == 1:
+    if rule.params["feature_group_count"] == 1:
         rule.factors.unify(image.dims[numbers.lhs_spec[1]], kernel.dims[numbers.rhs_spec[1]])
         rule.op.contracted = list(image.dims[numbers.lhs_spec[1]])
     else:
         rule.op.needs_whole(image, image.dims[numbers.lhs_spec[1]])
         rule.factors.block(dims[numbers.out_spec[1]])
+    if rule.params["batch_group_count"] > 1:  # the gradient of a grouped kernel: groups stand where samples do
+        rule.op.needs_whole(image, image.dims[numbers.lhs_spec[0]])
+        rule.factors.block(dims[numbers.out_spec[1]])
+        dims[numbers.out_spec[0]] = rule.factors.new(aval.shape[numbers.out_spec[0]], blocked=True)
     for out, into, window in zip(numbers.out_spec[2:], numbers.lhs_spec[2:], numbers.rhs_spec[2:], strict=True):
         rule.op.needs_whole(image, image.dims[into])
         rule.op.needs_whole(kernel, kernel.dims[window])

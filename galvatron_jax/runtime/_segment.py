@@ -24,6 +24,7 @@ from ._attention import Attention
 from ._border import EXCHANGED, Border
 from ._copies import Copies, PerRank, copyable, partial_axes, unreduced_axes
 from ._entrances import Entrances
+from ._grouped import is_grouped, run_grouped
 from ._kept import Kept
 from ._layout import LayerLayout, Role
 from ._mesh import Axes
@@ -235,6 +236,8 @@ def _run_equations(layout: LayerLayout, inputs: Sequence[Any], copies: Copies, c
     def run(equation: Equation, arguments: Sequence[Any]) -> list[Any]:
         if divided := ranked_place(layout, equation):
             return run_ranking(layout, divided, equation, arguments[0])
+        if is_grouped(layout, equation):
+            return run_grouped(layout, equation, arguments)
         if ranks.reads_copies(equation) or not orders.keys() & set(equation.outputs):
             return ranks.run(equation, arguments)
         return run_product(equation, arguments, orders[equation.outputs[0]])

@@ -111,3 +111,13 @@ def test_error_names_the_leaf_of_a_batch(batch: Any, expected: str) -> None:
 def test_loss_without_a_gradient_is_refused() -> None:
     with pytest.raises(AnalysisError, match="the loss returns int32"):
         analyse_model(lambda: Blocks(jnp.tanh), lambda model, batch: model(batch["x"]).argmax(), BATCH)
+
+
+class Doubles(nnx.Module):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * 2
+
+
+def test_model_without_parameters_is_refused() -> None:
+    with pytest.raises(AnalysisError, match="has no parameters"):
+        analyse_model(Doubles(), lambda model, batch: model(batch["x"]).mean(), BATCH)
