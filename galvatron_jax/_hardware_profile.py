@@ -79,6 +79,8 @@ class HardwareProfile(Document, frozen=True, kw_only=True):
     """Per GPU; all GPUs of a node share the node's network cards evenly."""
     eager_bytes: NonNegative = 0.0
     """Of a message between nodes, what its sender need not wait for: buffers take it. 0: it waits till all is there."""
+    program_s: NonNegative = 0.0
+    """Of the host, for each program of a pipeline. 0: devices queue programs ahead (GPUs)."""
     sums_before_reducing: bool
     """The compiler merges all-reduces whose results are only added up (XLA:GPU)."""
     combines_gathers: bool = True

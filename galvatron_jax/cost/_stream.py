@@ -152,8 +152,11 @@ def estimate_transfer(size_bytes: float, setting: Setting, *, boundary: int) -> 
         boundary: ``k`` for the boundary between stages ``k`` and ``k + 1``: it decides which link is crossed (from the
             last slice back to the first: that between nodes, where there are several).
     """
-    link = setting.hardware.inter_node if leaves_node(setting, boundary) else setting.hardware.intra_node
-    return message_seconds(size_bytes, link)
+    hardware = setting.hardware
+    if not leaves_node(setting, boundary):
+        return message_seconds(size_bytes, hardware.intra_node)
+    # Its own program, and that of the pass that it feeds: what the host takes for both stands in its way.
+    return message_seconds(size_bytes, hardware.inter_node) + 2 * hardware.program_s
 
 
 def sender_seconds(size_bytes: float, setting: Setting, *, boundary: int) -> float:
@@ -165,7 +168,7 @@ def sender_seconds(size_bytes: float, setting: Setting, *, boundary: int) -> flo
     if not (hardware.eager_bytes and leaves_node(setting, boundary)):
         return seconds
     left = max(0.0, size_bytes - hardware.eager_bytes)
-    return min(seconds, left / hardware.inter_node.bandwidth_bytes_per_s)
+    return min(seconds, left / hardware.inter_node.bandwidth_bytes_per_s + hardware.program_s)
 
 
 def leaves_node(setting: Setting, boundary: int) -> bool:

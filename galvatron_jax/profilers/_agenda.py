@@ -14,7 +14,19 @@ from ..cluster import Cluster, divisors
 from ..errors import ClusterError
 from ..profile import CollectiveKind
 from ..units import GIB, KIB, MIB
-from ._readings import ANSWER_BYTES, COPY, LAUNCH, LOOP, MATMUL, MESSAGE, OVERLAP, SENDER, Subject, product_flops
+from ._readings import (
+    ANSWER_BYTES,
+    COPY,
+    LAUNCH,
+    LOOP,
+    MATMUL,
+    MESSAGE,
+    OVERLAP,
+    PROGRAM,
+    SENDER,
+    Subject,
+    product_flops,
+)
 
 KINDS: tuple[CollectiveKind, ...] = get_args(CollectiveKind)
 
@@ -103,6 +115,7 @@ def _compute_agenda(platform: str, *, quick: bool) -> list[Subject]:
     products = [(MAIN_DTYPE[platform], side) for side in (*sides, OVERLAP_SIDE[platform])]
     products += [(dtype, side) for dtype in _OTHER_DTYPES[platform] for side in sides[-2:]]
     subjects = [Subject(what=LOOP), Subject(what=LAUNCH)]
+    subjects += [Subject(what=PROGRAM)] if platform == "cpu" else []  # GPUs queue programs ahead
     subjects += [Subject(what=COPY, size=size) for size in _COPY_BYTES[platform][: 1 if quick else 2]]
     subjects += [Subject(what=MATMUL, size=product_flops(side), dtype=dtype) for dtype, side in products]
     return list(dict.fromkeys(subjects))

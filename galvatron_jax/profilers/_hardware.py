@@ -12,6 +12,7 @@ from ..profile import HardwareProfile
 from ._agenda import MAIN_DTYPE, OVERLAP_SIDE
 from ._collective_parts import collective_fields
 from ._compute_parts import copy_fields, launch_fields, overlap_fields, product_fields
+from ._host import program_fields
 from ._link_parts import eager_fields, link_fields
 from ._machine import provenance_of
 from ._parts import UNSTEADY_SPREAD, Part, find_overheads
@@ -42,6 +43,7 @@ def assemble_profile(
     overheads = find_overheads(known)
     measured, how, notes = _merge(
         launch_fields(known, overheads),
+        program_fields(known),
         copy_fields(known, overheads),
         product_fields(known, overheads, base, MAIN_DTYPE[machine.platform]),
         overlap_fields(known, overheads, OVERLAP_SIDE[machine.platform]),

@@ -10,6 +10,7 @@ import jax
 from ._agenda import KINDS, OVERLAP_SIDE
 from ._collectives import collective_loop
 from ._compute import copy_loop, launch_loop, overlap_loop, product_loop
+from ._host import program_loop
 from ._loop import Loop, platform_of
 from ._messages import message_loop, sender_loop
 from ._readings import (
@@ -19,6 +20,7 @@ from ._readings import (
     MATMUL,
     MESSAGE,
     OVERLAP,
+    PROGRAM,
     SENDER,
     Reading,
     Subject,
@@ -69,6 +71,8 @@ def subject_loop(subject: Subject, readings: Mapping[Subject, Reading], devices:
         )
     if subject.what in (LOOP, LAUNCH):
         return launch_loop(devices, 1 if subject.what == LOOP else _LAUNCHES)
+    if subject.what == PROGRAM:
+        return program_loop(devices)
     if subject.what == COPY:
         return copy_loop(subject.size, devices)
     if subject.what == MATMUL:

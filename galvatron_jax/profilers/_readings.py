@@ -14,10 +14,11 @@ from ..units import KIB
 from ._text import format_si
 
 LOOP, LAUNCH, COPY, MATMUL, OVERLAP, MESSAGE = "loop", "launch", "copy", "matmul", "overlap", "message"
-SENDER = "message before products of its sender"
+SENDER, PROGRAM = "message before products of its sender", "program"
 """Subjects that are no collective: a trip with one tiny kernel; a trip with many of them; x + 1 over a large array; a
 product of two square matrices; an all-reduce beside products that do not need it; a message from each device of a node
-to its partner on the next one; such a message, products of its sender after it, and an answer."""
+to its partner on the next one; such a message, products of its sender after it, and an answer; a program that is waited
+for."""
 
 ANSWER_BYTES = KIB
 """Size of the smallest message that is measured, and of the answer."""

@@ -33,6 +33,7 @@ def report_rows(profile: HardwareProfile, base: HardwareProfile) -> tuple[Row, .
     rows += [
         Row("memory copy", _rate(profile.memory_bandwidth_bytes_per_s), _rate(base.memory_bandwidth_bytes_per_s)),
         Row("kernel launch", _short(profile.kernel_launch_s), _short(base.kernel_launch_s)),
+        Row("program", _short(profile.program_s), _short(base.program_s)),
         Row("slowdown of compute beside a collective", _factor(profile), _factor(base)),
     ]
     return (*rows, *(_collective_row(table, base) for table in profile.collectives))

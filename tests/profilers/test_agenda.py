@@ -13,6 +13,7 @@ from galvatron_jax.profilers._readings import (
     MATMUL,
     MESSAGE,
     OVERLAP,
+    PROGRAM,
     SENDER,
     product_flops,
     product_side,
@@ -85,6 +86,12 @@ def test_messages_between_nodes_come_before_collectives(quick: bool) -> None:
     assert sender.size in {agenda[n].size for n in messages}
     assert agenda.index(sender) > max(messages)
     assert not [s for s in hardware_agenda(parse_cluster("3x4"), "gpu", quick=quick) if s.what == SENDER]
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", 1), ("gpu", 0)])
+def test_programs_that_are_waited_for_are_timed_where_devices_do_not_queue_them(platform: str, expected: int) -> None:
+    agenda = hardware_agenda(parse_cluster("1x4"), platform, quick=True)
+    assert sum(subject.what == PROGRAM for subject in agenda) == expected
 
 
 def test_sizes_in_between_are_measured_over_several_nodes_only() -> None:

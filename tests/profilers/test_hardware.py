@@ -23,6 +23,7 @@ from galvatron_jax.profilers._readings import (
     MATMUL,
     MESSAGE,
     OVERLAP,
+    PROGRAM,
     SENDER,
     Reading,
     product_flops,
@@ -220,6 +221,11 @@ def test_sender_is_free_when_buffers_have_the_rest(eager: float, found: float) -
     assert load_hardware("h100").eager_bytes == 0.0
 
 
+def test_the_host_takes_what_a_program_takes_that_does_nothing() -> None:
+    assert assemble([reading(3e-4, PROGRAM)]).profile.program_s == 3e-4
+    assert load_hardware("h100").program_s == 0.0
+
+
 def test_table_is_the_slowest_placement() -> None:
     rows = [
         reading(seconds, "all-gather", size=size, group=2, stride=stride)
@@ -274,7 +280,7 @@ def test_sources_say_what_was_measured_and_what_was_not(profile: HardwareProfile
     assert set(profile.sources) == set(BASE.sources)
     stamp = "measured 2026-11-22 on 8 x NVIDIA H200 (1x8, jax 0.10.2, driver 570.86, processes: 1)"
     bundled = {field for field, text in profile.sources.items() if text.startswith("from h200: ")}
-    assumed = {"memory_bytes", "reserved_bytes", "eager_bytes"}
+    assumed = {"memory_bytes", "reserved_bytes", "eager_bytes", "program_s"}
     assert bundled == assumed | {"fused_attention", "sums_before_reducing", "combines_gathers"}
     assert all(text.startswith(stamp) for field, text in profile.sources.items() if field not in bundled)
     assert "not measured" in profile.sources["attention_efficiency"]

@@ -186,6 +186,7 @@ def random_hardware(draw: random.Random) -> HardwareProfile:
         inter_node=Link(bandwidth_bytes_per_s=10 ** draw.uniform(8, 11), latency_s=draw.choice([0.0, 1e-5, 1e-4])),
         overlap_slowdown=draw.choice([1.0, 1.3]),
         fused_attention=draw.random() < 0.7,
+        program_s=draw.choice([0.0, 10 ** draw.uniform(-5, -2)]),
         eager_bytes=draw.choice([0.0, 10 ** draw.uniform(3, 8)]),
     )
 
