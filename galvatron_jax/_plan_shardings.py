@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .analysis import Analysis, Loss, abstract_batch, analyse_model
 from .plan import Plan, check_devices, check_plan, load_plan
-from .runtime import Role, plan_stages, stage_mesh
+from .runtime import Role, StageModel, copies_grouped_samples, plan_stages, stage_mesh
 
 
 def plan_shardings(
@@ -36,6 +36,9 @@ def plan_shardings(
     are on another dimension here (as many bytes on each device, but XLA gathers the array in your step), with a
     warning that names the parameters.
 
+    XLA's partitioner (jax 0.10.2) makes wrong gradients of grouped and depthwise convolutions whose samples tensor
+    ranks copy (docs/design/0099). The runtime goes around it; a step of your own does not, so there is a warning.
+
     Args:
         plan: The plan or its file.
         model: As for ``auto_shard``; only shapes are needed.
@@ -58,26 +61,47 @@ def plan_shardings(
     spec = abstract_batch(batch, plan.microbatch_size)
     analysis = analyse_model(model, loss or next_token_loss, spec, name=plan.model.name)
     check_plan(plan, analysis.profile)
-    places, moved = _places(analysis, plan, devices, role)
-    if moved:
-        _warn(moved)
-    return _as_parameters(analysis, places)
+    stages = _stages(analysis, plan, devices)
+    for text in (*_moved(analysis, stages, role), *_grouped(stages)):
+        warnings.warn(text, UserWarning, stacklevel=2)
+    return _as_parameters(analysis, _places(stages, role))
 
 
-def _places(
-    analysis: Analysis, plan: Plan, devices: Sequence[jax.Device], role: Role
-) -> tuple[dict[int, NamedSharding], list[str]]:
-    """Return the sharding of each row of the trace, and the paths of those that the runtime stores in another shape."""
+def _stages(analysis: Analysis, plan: Plan, devices: Sequence[jax.Device]) -> tuple[StageModel, ...]:
     size = plan.stages[0].devices
     meshes = [stage_mesh(plan.cluster, devices[k * size : (k + 1) * size]) for k in range(plan.slices)]
+    return plan_stages(analysis, plan, [meshes[k % plan.slices] for k in range(len(plan.stages))])
+
+
+def _places(stages: Sequence[StageModel], role: Role) -> dict[int, NamedSharding]:
+    """Return the sharding of each row of the trace."""
     places: dict[int, NamedSharding] = {}
-    moved: set[str] = set()
-    for stage in plan_stages(analysis, plan, [meshes[k % plan.slices] for k in range(len(plan.stages))]):
-        for slot in stage.slots:
-            for leaf in slot.leaves:
-                places.setdefault(leaf, slot.user_sharding(role))
-            moved.update(analysis.trace.paths[leaf] for leaf in slot.leaves if slot.is_moved(role))
-    return places, sorted(moved)
+    for slot in (slot for stage in stages for slot in stage.slots):
+        for leaf in slot.leaves:
+            places.setdefault(leaf, slot.user_sharding(role))
+    return places
+
+
+def _moved(analysis: Analysis, stages: Sequence[StageModel], role: Role) -> Iterator[str]:
+    """Yield a warning where the runtime stores parameters in a shape of its own."""
+    slots = [slot for stage in stages for slot in stage.slots if slot.is_moved(role)]
+    paths = sorted({analysis.trace.paths[leaf] for slot in slots for leaf in slot.leaves})
+    if paths:
+        yield (
+            f"{', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}: {len(paths)} fused parameters are sharded by"
+            " class in the runtime, in a shape of its own; a sharding of your shape cannot say that, so a step under"
+            " these gathers them (ShardedModel.step does not)"
+        )
+
+
+def _grouped(stages: Sequence[StageModel]) -> Iterator[str]:
+    """Yield a warning for each kind of layer of which XLA makes wrong gradients."""
+    slots = [slot for stage in stages for slot in stage.slots]
+    for name in sorted({slot.layout.kind.profile.name for slot in slots if copies_grouped_samples(slot.layout)}):
+        yield (
+            f"{name}: grouped convolutions under tensor and data parallelism; in a step of your own XLA makes wrong"
+            " gradients of their kernels (docs/design/0099). Use ShardedModel.step, or tp 1 for these layers"
+        )
 
 
 def _as_parameters(analysis: Analysis, places: dict[int, NamedSharding]) -> Any:
@@ -89,16 +113,6 @@ def _as_parameters(analysis: Analysis, places: dict[int, NamedSharding]) -> Any:
     parts = enumerate(structure.flatten_up_to(by_row))
     return jax.tree.unflatten(
         structure, [_of_stack(part, stacks[i].axis) if i in stacks else part for i, part in parts]
-    )
-
-
-def _warn(paths: Sequence[str]) -> None:
-    some = f"{', '.join(paths[:3])}{' ...' if len(paths) > 3 else ''}"
-    warnings.warn(
-        f"{some}: {len(paths)} fused parameters are sharded by class in the runtime, in a shape of its own; a sharding"
-        " of your shape cannot say that, so a step under these gathers them (ShardedModel.step does not)",
-        UserWarning,
-        stacklevel=3,
     )
 
 

@@ -9,8 +9,13 @@ import pytest
 from flax import nnx
 
 from galvatron_jax import plan_shardings
+from galvatron_jax.analysis import analyse_model
 from galvatron_jax.errors import DeviceMismatchError
+from galvatron_jax.plan import Strategy
 from tests.runtime.planned import dp, planned, tp
+from tests.runtime.test_grouped import Network
+from tests.runtime.test_grouped import loss as mean_of_sines
+from tests.runtime.zoo_plans import first_legal, plan_for
 from tests.support.small_models import small_llama
 from tests.zoo import ZOO
 
@@ -44,6 +49,14 @@ def test_a_stack_of_layers_is_sharded_as_its_rows_and_whole_along_the_layers() -
             assert place.spec[stacks[index].axis] is None
 
 
+def test_grouped_convolutions_that_tensor_ranks_copy_are_warned_of() -> None:
+    batch = jax.ShapeDtypeStruct((8, 16, 16), "float32")
+    analysis = analyse_model(Network(16), mean_of_sines, batch)
+    plan = plan_for(analysis, first_legal(Strategy(tp=2, dp=4)))
+    with pytest.warns(UserWarning, match="layer.*grouped convolutions"):
+        plan_shardings(plan, Network(16), batch, loss=mean_of_sines)
+
+
 def test_another_number_of_devices_is_refused_before_the_model_is_traced() -> None:
     model = small_llama(batch=16)
     sharded = planned((dp(),) * 4, model=model)
@@ -56,6 +69,4 @@ def _never() -> None:
 
 
 def _segments(model: Any) -> int:
-    from galvatron_jax.analysis import analyse_model
-
     return len(analyse_model(model.build, model.loss, model.spec).cut.segments)

@@ -3,6 +3,7 @@
 from ._agreement import agree as agree
 from ._events import Compute as Compute
 from ._events import Transfer as Transfer
+from ._grouped import copies_grouped_samples as copies_grouped_samples
 from ._guard import StepMetrics as StepMetrics
 from ._guard import guarded as guarded
 from ._guard import step_metrics as step_metrics

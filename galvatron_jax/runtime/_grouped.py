@@ -27,6 +27,11 @@ def is_grouped(layout: LayerLayout, equation: Equation) -> bool:
     return not any(isinstance(v, Literal) for v in equation.inputs) and bool(_batch_axes(layout, equation.inputs[0]))
 
 
+def copies_grouped_samples(layout: LayerLayout) -> bool:
+    """Tell whether XLA's partitioner would make wrong gradients of a layer that is not run by ``run_grouped``."""
+    return layout.strategy.tp > 1 and any(is_grouped(layout, e) for e in layout.kind.layer.forward.equations)
+
+
 def run_grouped(layout: LayerLayout, equation: Equation, arguments: Sequence[Any]) -> list[Any]:
     """Return the results of a grouped convolution, run rank by rank."""
     numbers = equation.eqn.params["dimension_numbers"]
