@@ -96,8 +96,8 @@ def _moved(analysis: Analysis, stages: Sequence[StageModel], role: Role) -> Iter
 
 def _grouped(stages: Sequence[StageModel]) -> Iterator[str]:
     """Yield a warning for each kind of layer of which XLA makes wrong gradients."""
-    slots = [slot for stage in stages for slot in stage.slots]
-    for name in sorted({slot.layout.kind.profile.name for slot in slots if copies_grouped_samples(slot.layout)}):
+    layouts = [slot.layout for stage in stages for slot in stage.slots if slot.layout]
+    for name in sorted({layout.kind.profile.name for layout in layouts if copies_grouped_samples(layout)}):
         yield (
             f"{name}: grouped convolutions under tensor and data parallelism; in a step of your own XLA makes wrong"
             " gradients of their kernels (docs/design/0099). Use ShardedModel.step, or tp 1 for these layers"
