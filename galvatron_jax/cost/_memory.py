@@ -27,7 +27,8 @@ Residuals (per in-flight microbatch): the stream input; without remat all that f
 (``profile.Live.waiting``: cotangents of logits stay until the loops before are done; not of the embedding, with which
 the backward pass ends, and not in a pipeline, where nothing lies between programs but residuals). Where tensor
 parallelism shards the vocabulary, the collectives of the loss hurry it: what was kept for it (the logits) is gone when
-the cotangent waits, so there it counts at the head's own moment, as live, and no longer.
+the cotangent is there, which may take its place. So there it counts at the head's own moment, as live, in place of the
+cotangent, and no longer (read in four programs; without tensor parallelism both are there).
 
 Live (only while the layer's backward pass runs, so a stage needs the largest of its layers)
 
@@ -184,7 +185,9 @@ def layer_memory(
     read = local.kept[remat] if waiting and strategy.tp > 1 else 0.0
     edge = pipelined and not local.repeated
     left = left_bytes(local, weights, strategy, accumulates=accumulates) if edge else 0.0
-    own = max(0.0, temporaries + read - waiting) + local.gathered + weights.replicated.computed
+    # What is read for the cotangent is gone when the cotangent is there: never both (``read`` is 0 otherwise).
+    fullest = max(temporaries, temporaries - waiting + read)
+    own = max(0.0, fullest - waiting) + local.gathered + weights.replicated.computed
     return {
         "parameters": held(zero >= 3).stored,
         "gradients": (gradient * stacks if lasts else 0.0) + left,
