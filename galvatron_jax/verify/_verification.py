@@ -31,8 +31,8 @@ from ._compare import CollectiveRow, compare_collectives
 from ._compile import TIME_LIMIT_S, CompiledPlan, CompiledStage, compile_plan
 from ._schedule import ScheduledCollective, scheduled_collectives
 
-_CUDNN = "__cudnn"
-"""Prefix of the custom calls of cuDNN, attention among them (``__cudnn$fmha``)."""
+_FUSED_ATTENTION = "__cudnn$fmha"
+"""Prefix of cuDNN's custom calls for attention (with masks, biases, dropout; backward). Convolutions have others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +125,7 @@ def _check_stage(
     plan: Plan, compiled: CompiledPlan, hardware: HardwareProfile, number: int, found: list[ScheduledCollective]
 ) -> StageCheck:
     stage = compiled.stages[number]
-    fused = hardware.fused_attention and any(_CUDNN in call.program.hlo_text for call in stage.calls)
+    fused = hardware.fused_attention and any(_FUSED_ATTENTION in call.program.hlo_text for call in stage.calls)
     assumed = msgspec.structs.replace(hardware, fused_attention=fused)
     predicted = _predicted(plan, compiled.profile, hardware, number)
     return StageCheck(
