@@ -49,6 +49,7 @@ class Entrances:
         program = self._layout.kind.layer.forward
         entering = Counter(v for equation in self._products for v in self._whole(equation))
         others = {v for e in program.equations if e not in self._products for v in _variables(e.inputs)}
+        others.update(_variables(program.outputs))
         return frozenset(v for v, readers in entering.items() if readers > 1 and v in others)
 
     def _whole(self, equation: Equation) -> list[Variable]:

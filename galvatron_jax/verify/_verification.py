@@ -121,11 +121,16 @@ def verify_plan(
     return Verification(plan=plan, hardware=hardware, compiled=compiled, stages=tuple(checks))
 
 
+def attention_is_fused(hlo_text: str) -> bool:
+    """Tell whether a compiled program holds cuDNN's attention."""
+    return _FUSED_ATTENTION in hlo_text
+
+
 def _check_stage(
     plan: Plan, compiled: CompiledPlan, hardware: HardwareProfile, number: int, found: list[ScheduledCollective]
 ) -> StageCheck:
     stage = compiled.stages[number]
-    fused = hardware.fused_attention and any(_FUSED_ATTENTION in call.program.hlo_text for call in stage.calls)
+    fused = hardware.fused_attention and any(attention_is_fused(call.program.hlo_text) for call in stage.calls)
     assumed = msgspec.structs.replace(hardware, fused_attention=fused)
     predicted = _predicted(plan, compiled.profile, hardware, number)
     return StageCheck(

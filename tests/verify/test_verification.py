@@ -12,6 +12,7 @@ from galvatron_jax.hardware import load_hardware
 from galvatron_jax.plan import Plan
 from galvatron_jax.verify import Verification, verify_plan
 from galvatron_jax.verify._report import as_data, report_lines
+from galvatron_jax.verify._verification import attention_is_fused
 
 BATCH_AND_COUNTERS = 2 * 2 * 128 * 4 + 2 * 4 * 128 * 4 + 2 * 4
 """Arguments besides the state, bytes on one device: two microbatches of int32 inputs, 8 samples over the 4 data ranks
@@ -90,3 +91,16 @@ def test_budget_below_the_program_does_not_fit(tiny_verification: Verification) 
 def test_plan_that_contradicts_itself_is_refused_before_compiling(tiny_plan: Plan) -> None:
     with pytest.raises(PlanError, match="does not divide global_batch"):
         verify_plan(msgspec.structs.replace(tiny_plan, microbatches=3))
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("__cudnn$fmhaScaleBiasSoftmax", True),  # names as in programs for H100, jax 0.10.2
+        ("__cudnn$fmhaScaleBiasSoftmaxBackward", True),
+        ("__cudnn$convForward", False),
+        ("__cublas$gemm", False),
+    ],
+)
+def test_of_cudnns_calls_only_those_of_attention_are_fused_attention(target: str, expected: bool) -> None:
+    assert attention_is_fused(f'%call = custom-call(%a), custom_call_target="{target}"') is expected
